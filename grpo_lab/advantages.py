@@ -1,0 +1,111 @@
+"""How much better was each completion than its group? This replaces PPO's value network."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["mean", "leave-one-out", "none"]
+Scale = Literal["group", "batch", "none"]
+
+
+def group_advantages(
+    rewards: Tensor, *, baseline: Baseline = "mean", scale: Scale = "group", std_eps: float = 1e-4
+) -> Tensor:
+    """How much better was each completion than its group?
+
+        A[p, k] = (r[p, k] - mean(r[p])) / (std(r[p]) + std_eps)        std divides by K - 1
+
+    A group whose rewards are all equal says nothing: its advantages are exactly zero. A reward of NaN
+    means "not scored": that completion gets zero and does not count in mean, std or K.
+
+    Args:
+        rewards: [P, K] one reward per completion.
+        baseline: "mean" of the group; "leave-one-out", the mean of the K - 1 others (RLOO), which
+            does not depend on the completion it judges and so keeps the gradient unbiased;
+            "none" subtracts nothing (plain REINFORCE, and then equal rewards do count).
+        scale: divide by the std of the "group" (GRPO), of the whole "batch", or by nothing ("none",
+            Dr. GRPO: the std makes very easy and very hard prompts weigh more).
+        std_eps: keeps the division finite; in the units of the reward, added outside the root.
+    Returns: [P, K], without gradient.
+    Raises: ValueError if rewards is not [P, K] with K >= 2, or for an unknown option.
+    Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2; RLOO (arXiv 2402.14740); Dr. GRPO
+        (arXiv 2503.20783).
+
+    >>> group_advantages(torch.tensor([[1., 0., 0., 1.]]), scale="none")
+    tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
+    >>> group_advantages(torch.tensor([[1., 0., 0., 1.]]))  # std = sqrt(4 * 0.25 / 3) = 0.5774
+    tensor([[ 0.8659, -0.8659, -0.8659,  0.8659]])
+    """
+    if rewards.ndim != 2:
+        raise ValueError(
+            f"rewards must be [prompts, K], got {list(rewards.shape)}. "
+            "One flat list of P*K rewards? Use rewards.view(P, K)."
+        )
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards must be [prompts, K] with K >= 2, got K = {rewards.shape[1]}. "
+            "One completion has nothing to be compared with: its advantage would always be 0."
+        )
+    rewards = rewards.detach() if rewards.dtype == torch.float64 else rewards.detach().float()
+    scored = ~rewards.isnan()
+    r = rewards.where(scored, 0.0)
+    n = scored.sum(1, keepdim=True)
+    mean = r.sum(1, keepdim=True) / n.clamp(min=1)
+
+    if baseline == "mean":
+        advantages = r - mean
+    elif baseline == "leave-one-out":
+        advantages = (r - mean) * n / (n - 1).clamp(min=1)  # = r - mean of the others
+    elif baseline == "none":
+        advantages = r
+    else:
+        raise ValueError(f'baseline must be "mean", "leave-one-out" or "none", got {baseline!r}')
+
+    if scale == "group":
+        advantages = advantages / (group_std(rewards)[:, None] + std_eps)
+    elif scale == "batch":
+        everything = rewards[scored]
+        advantages = advantages / (everything.std() + std_eps) if len(everything) > 1 else advantages
+    elif scale != "none":
+        raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
+
+    live = scored
+    if baseline != "none":
+        live = scored & ~all_equal(rewards)[:, None]  # mean() leaves a residue of 1e-8 that the std would blow up
+    return advantages.where(live, 0.0)
+
+
+def all_equal(rewards: Tensor) -> Tensor:
+    """Which groups are dead, all their scored rewards being the same? [P, K] -> [P] bool."""
+    low = rewards.nan_to_num(nan=torch.inf).amin(1)
+    high = rewards.nan_to_num(nan=-torch.inf).amax(1)
+    return low >= high
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """The spread of the scored rewards within each group, dividing by n - 1. [P, K] -> [P], 0 where n < 2."""
+    scored = ~rewards.isnan()
+    n = scored.sum(1)
+    mean = rewards.nansum(1) / n.clamp(min=1)
+    squares = (rewards - mean[:, None]).square().where(scored, 0.0).sum(1)
+    return (squares / (n - 1).clamp(min=1)).sqrt()
+
+
+def discounted(advantages: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """How much of the outcome reaches each token?
+
+        A[i, t] = gamma^(n_i - 1 - t) A[i]        n_i tokens in completion i; the last one gets all
+
+    Args:
+        advantages: [B].
+        mask: [B, T] True where a token was sampled, the end token included; completions start at 0.
+        gamma: in (0, 1]; 1.0 is GRPO, every token gets the whole advantage.
+    Returns: [B, T], zero where the mask is False.
+
+    >>> discounted(torch.tensor([8.0]), torch.tensor([[True, True, True, False]]), gamma=0.5)
+    tensor([[2., 4., 8., 0.]])
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    remaining = (mask.sum(1, keepdim=True) - 1 - positions).clamp(min=0)
+    return (advantages[:, None] * gamma**remaining).where(mask, 0.0)

@@ -1,0 +1,181 @@
+"""Saving and resuming: a checkpoint is there completely or not at all.
+
+A checkpoint folder is a transformers folder (config, safetensors weights, tokenizer) with one more file,
+`training_state.pt`: whatever else decides how the run goes on. It holds tensors and plain values only, and
+is read with `weights_only=True`, so that loading one cannot run code.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+STATE_FILE = "training_state.pt"
+FINAL = "final_model"
+RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
+
+# Settings that may differ when a run goes on: they do not change what is computed.
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
+    "success_reward", "use_wandb", "wandb_project", "wandb_run_name", "report_to", "device", "max_skipped_steps",
+    "gradient_checkpointing",
+}  # fmt: skip
+
+
+def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that `folder` appears only when everything is safely on the disk.
+
+    Args:
+        folder: replaced if it exists.
+        model, tokenizer: written by their own `save_pretrained`.
+        state: tensors and plain values.
+    Raises: OSError if it cannot be written; what stood there before is then untouched.
+    """
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
+    tokenizer.save_pretrained(unfinished)
+    torch.save(state, unfinished / STATE_FILE)
+    for path in [*unfinished.iterdir(), unfinished]:
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and flushes files when they are closed
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The training state of a checkpoint. Raises ValueError if it is missing or damaged."""
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.")
+    try:
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file shows itself in many ways
+        raise ValueError(_damaged(folder, error)) from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's weights into the model. Raises ValueError if they are damaged or of another shape."""
+    try:
+        saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype, local_files_only=True)
+        model.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise ValueError(_damaged(folder, error)) from error
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    return (
+        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+        "Remove it, and the one before it is used."
+    )
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
+    """The checkpoint to go on from: the newest, or the folder that is named. Raises ValueError if there is none."""
+    if resume is not True:
+        return Path(resume)
+    checkpoints = all_checkpoints(output_dir)
+    if not checkpoints:
+        raise ValueError(f"there is no checkpoint to resume from in {output_dir}. Start anew without --resume.")
+    return checkpoints[-1]
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond the limit."""
+    for old in all_checkpoints(output_dir)[:-limit] if limit else ():
+        shutil.rmtree(old)
+
+
+def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
+    """Make the output folder, and refuse one with the results of another run unless they may be replaced.
+
+    Raises: ValueError that says how to go on.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {output_dir} ({error.strerror}). Name another folder: --output-dir.") from None
+    results = [output_dir / name for name in (FINAL, *RUN_FILES)] + all_checkpoints(output_dir)
+    results = [path for path in results if path.exists()]
+    if results and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds the results of another run ({results[0].name}). "
+            "Go on with it: --resume. Replace it: --overwrite-output-dir. Keep it: another --output-dir."
+        )
+    for path in results:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def fingerprint(prompts: Iterable[Any]) -> str:
+    """A short hash of all prompts in their order, to notice a changed dataset."""
+    value = 0
+    for prompt in prompts:
+        value = zlib.crc32(json.dumps(prompt, sort_keys=True).encode(), value)
+    return f"{value:08x}"
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any], data: str) -> None:
+    """Raises ValueError with the differences if a checkpoint was made with other settings or data."""
+    before = saved["config"]
+    names = sorted((before.keys() | config.keys()) - FREE_TO_CHANGE)
+    changed = [f"{n}: {before.get(n)} -> {config.get(n)}" for n in names if before.get(n) != config.get(n)]
+    if saved["data"] != data:
+        changed.append("the training prompts")
+    if changed:
+        raise ValueError(
+            f"the checkpoint was made with other settings, so the run would not go on as it was: {'; '.join(changed)}. "
+            "Resume with the old ones, or start a new run from the saved weights: --model-name CHECKPOINT."
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random number generator, as tensors and plain values."""
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

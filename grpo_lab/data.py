@@ -1,0 +1,178 @@
+"""Prompts: the dataset class, files, the built-in Countdown task, and an order that can be saved."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+Prompt = str | list[dict[str, str]]
+Row = dict[str, Any]
+
+FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class SimplePromptDataset:
+    """Prompts, and whatever else a reward function wants to know about them.
+
+    Args:
+        prompts: strings, or chats: lists of {"role": ..., "content": ...}.
+        **columns: one value per prompt each; handed to the reward functions by name.
+    Raises: ValueError if there is no prompt or a column has another length, TypeError for what is no prompt.
+
+    >>> SimplePromptDataset(["2+2=", "3+3="], answer=["4", "6"])[1]
+    {'prompt': '3+3=', 'answer': '6'}
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], **columns: Sequence):
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of prompts, got one string. One prompt? Use [prompt].")
+        self.columns = {"prompt": list(prompts), **{name: list(values) for name, values in columns.items()}}
+        size = len(self.columns["prompt"])
+        if size == 0:
+            raise ValueError("the dataset is empty: at least one prompt is needed.")
+        for i, prompt in enumerate(self.columns["prompt"]):
+            check_prompt(prompt, i)
+        for name, values in self.columns.items():
+            if len(values) != size:
+                raise ValueError(f"column {name!r} has {len(values)} values for {size} prompts.")
+
+    def __len__(self) -> int:
+        return len(self.columns["prompt"])
+
+    def __getitem__(self, index: int) -> Row:
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def check_prompt(prompt: Any, index: int) -> None:
+    """Raises ValueError or TypeError if this is neither a text nor a chat."""
+    is_chat = (
+        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    )
+    if not isinstance(prompt, str) and not is_chat:
+        raise TypeError(
+            f'prompt {index} must be a string or a list of {{"role": ..., "content": ...}}, got {str(prompt)[:80]!r}.'
+        )
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError(f"prompt {index} is empty.")
+
+
+def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a text, or of a chat through the tokenizer's template with the assistant's turn opened.
+
+    Raises: ValueError if a chat meets a tokenizer without a chat template, or nothing is left of a prompt.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "the prompts are chats, but the tokenizer has no chat template. "
+                "Use text prompts, or the tokenizer of an instruct model."
+            )
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+    if not ids:
+        raise ValueError(f"the tokenizer leaves nothing of the prompt {str(prompt)[:60]!r}.")
+    return list(ids)
+
+
+def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "train"):
+    """A `datasets.Dataset` from a local .txt (a prompt a line), .jsonl, .json, .csv or .parquet, or from the Hub.
+
+    Args:
+        name: a file, or a Hub id; "owner/name:config" picks a configuration.
+        prompt_column: which column holds the prompts; it is renamed to "prompt".
+        split: of a Hub dataset.
+    Raises: ValueError that names the file and the problem.
+    """
+    import datasets  # an optional dependency, and slow to import
+
+    path = Path(name)
+    if path.suffix in FILE_FORMATS:
+        if not path.is_file():
+            raise ValueError(f"there is no file {name}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name} is empty: at least one prompt is needed.")
+        where = {"path": FILE_FORMATS[path.suffix], "data_files": str(path), "split": "train"}
+    else:
+        hub_id, _, config = name.partition(":")
+        where = {"path": hub_id, "name": config or None, "split": split}
+    try:
+        dataset = datasets.load_dataset(**where)
+    except Exception as error:  # a broken line, no network, no such dataset: each with its own exception class
+        cause = error.__cause__ or error
+        raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}") from error
+    if path.suffix == ".txt":
+        dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
+    return with_prompt_column(dataset, prompt_column if path.suffix != ".txt" else "prompt", name)
+
+
+def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
+    """The `datasets.Dataset` with its prompts in the column "prompt". Raises ValueError if it is empty or has none."""
+    if prompt_column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column {prompt_column!r}, only {', '.join(dataset.column_names)}. "
+            "Name the right one with --prompt-column."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: at least one prompt is needed.")
+    if prompt_column != "prompt":
+        if "prompt" in dataset.column_names:
+            dataset = dataset.remove_columns("prompt")
+        dataset = dataset.rename_column(prompt_column, "prompt")
+    return dataset
+
+
+@dataclass
+class PromptOrder:
+    """Which prompts come next: every epoch a new shuffle, drawn from the seed and the epoch's number alone.
+
+    Its whole state is (epoch, cursor), so a resumed run goes on exactly where it stopped. The last
+    batch of an epoch may be smaller than the others; no prompt is dropped and none comes twice.
+
+    Args:
+        size: number of prompts in the dataset.
+        batch_size: prompts per batch.
+        seed: of the shuffles.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    epoch: int = 0
+    cursor: int = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has, the last, smaller one included."""
+        return -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        """Indices of the next batch; goes on for ever."""
+        if self.cursor >= self.size:
+            self.epoch, self.cursor = self.epoch + 1, 0
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        batch = order[self.cursor : self.cursor + self.batch_size].tolist()
+        self.cursor += len(batch)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it stands."""
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for each purpose and step, so that no draw depends on what was drawn before it."""
+    return zlib.crc32(f"{seed}/{purpose}/{number}".encode())

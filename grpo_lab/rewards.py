@@ -1,0 +1,142 @@
+"""Verifiable rewards: text and answer in, a number out. Standard library only; nothing is ever `eval`ed.
+
+Every reward function has the signature `f(prompts, completions, **columns) -> list[float | None]`, where
+a column is what the dataset says beside the prompt, and None means "I do not score this one".
+What a model writes is hostile input: parsing has limits, and whatever does not parse scores 0.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+MAX_EXPRESSION = 100  # characters; a longer one is not an answer but an attack on the parser
+MAX_TEXT = 100_000  # characters that are searched for an answer, from the end
+
+
+def countdown(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """1 if the completion is an expression that uses each number of the prompt once and hits its target, else 0.
+
+    >>> countdown(["3,5,7:22="] * 4, ["3*5+7", "7+5*3", "3*5", "22"])
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    return [float(solves(prompt, completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def solves(prompt: str, expression: str) -> bool:
+    """Does the expression use each number of a Countdown prompt such as "3,5,7:22=" once and hit its target?"""
+    match = re.fullmatch(r"(\d{1,9}(?:,\d{1,9})*):(\d{1,9})=", prompt.strip())
+    if match is None:
+        raise ValueError(f'a Countdown prompt looks like "3,5,7:22=", got {prompt[:60]!r}')
+    result = evaluate_expression(expression)
+    return result is not None and result == (int(match[2]), sorted(map(int, match[1].split(","))))
+
+
+def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
+    """The exact value of an expression in + - * / ( ), and the numbers it uses in ascending order.
+
+    Returns: None for anything else: other characters, powers, signs before a number, division by zero,
+        more than MAX_EXPRESSION characters or numbers of more than nine digits.
+
+    >>> evaluate_expression("(7-5)/3")
+    (Fraction(2, 3), [3, 5, 7])
+    >>> evaluate_expression("9**9**9"), evaluate_expression("__import__('os')")
+    (None, None)
+    """
+    text = text.strip()
+    if len(text) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", text) or re.search(r"\d{10}", text):
+        return None
+    try:
+        tree = ast.parse(text, mode="eval").body
+        numbers: list[int] = []
+        return _value(tree, numbers), sorted(numbers)
+    except (SyntaxError, ZeroDivisionError, _NotArithmetic):
+        return None
+
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+class _NotArithmetic(Exception):
+    pass
+
+
+def _value(node: ast.expr, numbers: list[int]) -> Fraction:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left, numbers), _value(node.right, numbers))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        numbers.append(node.value)
+        return Fraction(node.value)
+    raise _NotArithmetic
+
+
+def exact_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
+    """1 if the completion is the answer, spaces at the ends aside, else 0.
+
+    >>> exact_answer(["2+2="] * 2, [" 4", "5"], answer=["4", "4"])
+    [1.0, 0.0]
+    """
+    return [float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence, **columns) -> list[float]:
+    """1 if the completion's final number equals the answer's, else 0.
+
+    The final number is the first one after the last `####` (the form of GSM8K), else the last one in the text.
+
+    >>> numeric_answer(["?"] * 3, ["so it is -1,200.50", "#### 7 apples, of 9", "7 or 8"], answer=["-1200.5", "#### 7", 7])
+    [1.0, 1.0, 0.0]
+    """
+    golds = [final_number(str(a)) for a in answer]
+    for a, gold in zip(answer, golds, strict=True):
+        if gold is None:
+            raise ValueError(f"the answer column must hold numbers, got {str(a)[:60]!r}")
+    return [float(final_number(c) == gold) for c, gold in zip(completions, golds, strict=True)]
+
+
+# A minus right after a digit or a bracket is an operator, not a sign: "5-3" ends in 3.
+_NUMBER = re.compile(r"(?:(?<![\d)\w.])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?(?![\d])")
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number a solution ends with, exactly; None if there is none. See `numeric_answer` for which one it is.
+
+    >>> final_number("12 - 5 = 7"), final_number("#### $1,000"), final_number("minus five")
+    (Fraction(7, 1), Fraction(1000, 1), None)
+    """
+    text = text[-MAX_TEXT:]
+    _, marker, after = text.rpartition("####")
+    found = _NUMBER.findall(after)
+    if not found:
+        return None
+    number = found[0] if marker else found[-1]
+    return Fraction(number.replace("\u2212", "-").replace(",", "").replace("$", ""))
+
+
+def matches_format(pattern: str) -> RewardFunction:
+    """A reward of 1 for every completion that the regular expression matches as a whole, else 0.
+
+    Raises: ValueError if the pattern is no regular expression.
+
+    >>> matches_format(r"<think>.*</think>\\s*<answer>.*</answer>")(["?"], ["<think>hm</think> <answer>4</answer>"])
+    [1.0]
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+    def format_reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+        return [float(compiled.fullmatch(c.strip()) is not None) for c in completions]
+
+    return format_reward
+
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "countdown": countdown,
+    "exact_answer": exact_answer,
+    "numeric_answer": numeric_answer,
+}

@@ -1,0 +1,196 @@
+"""K completions for each prompt. Randomness arrives as an argument: same numbers, same completions.
+
+One uniform number per token is drawn before anything is generated, so a completion depends on its own
+row of numbers alone: not on its neighbours, the size of the batch, or who finished first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lab.logprobs import token_logprobs, truncate
+from grpo_lab.scoring import accepts, position_ids
+
+
+@dataclass
+class Rollouts:
+    """B = P * K sampled completions; the K rows of a prompt stand next to each other."""
+
+    input_ids: Tensor
+    """[B, S] long, rows of [left-padded prompt | right-padded completion]."""
+    attention_mask: Tensor
+    """[B, S] long, 1 where a token is real, the end token included."""
+    completion_mask: Tensor
+    """[B, T] bool, True where a token was sampled, the end token included."""
+    logprobs: Tensor
+    """[B, T] float32, log-probability in nats with which each token was drawn; 0 at padding."""
+    kept: Tensor | None
+    """[B, T, k] long, the ids that could have been drawn, -1 for padding; None if all could."""
+    ended: Tensor
+    """[B] bool, False where the completion was cut off at the maximum length."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the columns of the completion."""
+        return self.completion_mask.shape[1]
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """[B, T]."""
+        return self.input_ids[:, -self.num_tokens :]
+
+    def to(self, device) -> "Rollouts":
+        """The same rollouts on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollouts(**{name: v.to(device) if v is not None else None for name, v in values.items()})
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids of several lengths -> input_ids [P, N] and attention_mask [P, N], padded on the left.
+
+    >>> left_pad([[5], [6, 7]], pad_id=0)
+    (tensor([[0, 5],
+            [6, 7]]), tensor([[0, 1],
+            [1, 1]]))
+    """
+    width = max(len(ids) for ids in prompts)
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    return input_ids, mask
+
+
+def pad_token_id(tokenizer) -> int:
+    """An id to fill rows up with. What stands at padding is masked everywhere, so any id will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in candidates if i is not None)
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
+    """All ids that end a completion: the model's (chat models have several) and the tokenizer's."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def pick(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:
+    """Draw one token from each row by walking up the cumulative distribution until it passes the uniform number.
+
+    Args:
+        logits: [B, V].
+        uniforms: [B] numbers in [0, 1).
+        kept: [B, k] the ids to choose from, from `truncate`; None means all.
+    Returns: [B] ids; a token of probability 0 is never drawn.
+    """
+    if kept is not None:
+        logits = logits.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -torch.inf)
+    reached = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    total = reached[:, -1:]  # 1 up to rounding
+    choice = torch.searchsorted(reached, uniforms[:, None].to(reached) * total, right=True)
+    choice = torch.minimum(choice, (reached < total).sum(-1, keepdim=True))  # never past the last possible token
+    return (choice if kept is None else kept.gather(-1, choice)).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_generations: int,
+    uniforms: Tensor,
+    end_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Rollouts:
+    """K completions for each prompt, each prompt being read only once.
+
+    Args:
+        model: a causal LM; put it in eval mode first, dropout is not for sampling.
+        input_ids, attention_mask: [P, N] left-padded prompts.
+        num_generations: K.
+        uniforms: [P * K, T] numbers in [0, 1); T is the maximum length of a completion.
+        end_ids: a completion ends with the first of these, which belongs to it.
+        pad_id: fills up finished rows; may equal an end id.
+        temperature, top_k, top_p: see `truncate`. top_k=1 is greedy decoding.
+    Returns: Rollouts, as wide as its longest completion, on the model's device.
+    """
+    device, rows = input_ids.device, input_ids.shape[0] * num_generations
+    if uniforms.shape[0] != rows:
+        raise ValueError(f"uniforms must be [P * K, T] = [{rows}, T], got {list(uniforms.shape)}")
+    uniforms, ends = uniforms.to(device), torch.tensor(list(end_ids), device=device)
+    longest = uniforms.shape[1]
+    tokens = torch.full((rows, longest), pad_id, device=device)
+    logprobs = torch.zeros(rows, longest, device=device)
+    kept_steps: list[Tensor] = []
+    lengths = torch.full((rows,), longest, device=device)
+
+    last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=True,
+        **position_ids(model, attention_mask),
+        **last,
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(num_generations)
+    logits = output.logits[:, -1].repeat_interleave(num_generations, 0)
+    mask = attention_mask.repeat_interleave(num_generations, 0)
+    active = torch.arange(rows, device=device)  # the rows still being written, in the order of the cache
+
+    for step in range(longest):
+        kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        chosen = pick(logits, uniforms[active, step], temperature=temperature, kept=kept)
+        tokens[active, step] = chosen
+        one_step = None if kept is None else kept[:, None]
+        logprobs[active, step] = token_logprobs(
+            logits[:, None], chosen[:, None], temperature=temperature, kept=one_step
+        ).squeeze(1)
+        if kept is not None:
+            # a finished row has one choice, the padding: its log-probability is then 0, not NaN
+            everyone = torch.full((rows, kept.shape[1]), -1, device=device)
+            everyone[:, 0] = pad_id
+            everyone[active] = kept
+            kept_steps.append(everyone)
+
+        finished = torch.isin(chosen, ends)
+        lengths[active[finished]] = step + 1
+        if finished.all() or step + 1 == longest:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+        if finished.any():
+            going = (~finished).nonzero().squeeze(1)
+            cache.batch_select_indices(going)
+            active, chosen, mask = active[going], chosen[going], mask[going]
+        positions = position_ids(model, mask)
+        positions = {name: p[:, -1:] for name, p in positions.items()}
+        output = model(
+            input_ids=chosen[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **last
+        )
+        logits = output.logits[:, -1]
+
+    width = int(lengths.max())
+    columns = torch.arange(width, device=device)
+    completion_mask = columns < lengths[:, None]
+    tokens = tokens[:, :width]
+    ended = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), ends)
+    return Rollouts(
+        input_ids=torch.cat([input_ids.repeat_interleave(num_generations, 0), tokens], 1),
+        attention_mask=torch.cat([attention_mask.repeat_interleave(num_generations, 0), completion_mask.long()], 1),
+        completion_mask=completion_mask,
+        logprobs=logprobs[:, :width],
+        kept=_stack(kept_steps),
+        ended=ended,
+    )
+
+
+def _stack(kept_steps: list[Tensor]) -> Tensor | None:
+    # top-p keeps a different number of tokens at each step: [B, k_t] * T -> [B, T, max k_t]
+    if not kept_steps:
+        return None
+    width = max(k.shape[1] for k in kept_steps)
+    return torch.stack([torch.nn.functional.pad(k, (0, width - k.shape[1]), value=-1) for k in kept_steps], 1)

@@ -1,0 +1,682 @@
+"""GRPO in one loop: sample K completions per prompt, score them, compare within the group, update.
+
+`GRPOTrainer.steps()` is the whole algorithm; `train()` is a loop over it with a progress bar. An optimizer
+step works on a `Batch`: batch_size * gradient_accumulation_steps prompts with their K completions each, in
+micro-batches of batch_size prompts. Every mean is over the whole batch, so micro-batches change only memory.
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from grpo_lab import checkpoints
+from grpo_lab.advantages import all_equal, discounted, group_advantages, group_std
+from grpo_lab.config import GRPOConfig
+from grpo_lab.data import Prompt, PromptOrder, Row, derived_seed, encode_prompt
+from grpo_lab.kl import kl_estimate
+from grpo_lab.losses import grpo_loss
+from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
+from grpo_lab.reward_models import RewardModel, Rewards
+from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
+from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
+
+WHY_ZERO = (
+    "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says nothing, "
+    "only its gradient does. Watch reward, grad_norm and frac_reward_zero_std."
+)
+OUT_OF_MEMORY = (
+    "out of memory on {device}, with {rows} completions of up to {length} tokens at a time. Lower one of: "
+    "--batch-size (now {batch_size}; more --gradient-accumulation-steps keeps the step as it is), "
+    "--num-generations (K, now {k}), --max-new-tokens (now {length}); or use --precision bf16 (now {precision}), "
+    "--gradient-checkpointing, or a smaller model. Checkpoints and metrics so far are in {output_dir}."
+)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did."""
+
+    step: int
+    """Counts from 1."""
+    metrics: dict[str, float]
+    """See grpo_lab.reporting.METRICS."""
+    completions: list[dict[str, Any]]
+    """One per completion: prompt, completion, reward, rewards of each function, advantage."""
+
+
+@dataclass
+class MicroBatch:
+    """Some groups of a batch, as tensors."""
+
+    rollouts: Rollouts
+    ref_logprobs: Tensor | None
+    """[B, T] in nats under the reference; None where no KL is wanted."""
+    old_logprobs: Tensor | None = None
+    """[B, T] in nats as of the first update on this batch; None until then."""
+    advantages: Tensor | None = None
+    """[B], or [B, T] where gamma < 1."""
+
+
+@dataclass
+class Batch:
+    """All that one rollout gave; used for num_iterations optimizer steps."""
+
+    parts: list[MicroBatch]
+    completions: list[dict[str, Any]]
+    metrics: dict[str, float]
+    updates: int = 0
+    """Optimizer steps made on it so far."""
+
+
+@dataclass
+class _Sums:
+    """Running sums over the micro-batches of one update."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    difference: float = 0.0
+    largest_difference: float = 0.0
+    largest_kl: float = 0.0
+
+
+class GRPOTrainer:
+    """Fine-tunes a causal language model with Group Relative Policy Optimization.
+
+    Args:
+        model: the policy, trained in place. Trained weights in half precision are turned into float32:
+            at usual learning rates an update would be lost in rounding.
+        ref_model: the reference of the KL penalty, never changed. None: a frozen copy of the model as it
+            is now, made only if kl_coef > 0.
+        reward_model: `f(prompts, completions, **columns) -> list[float]`, a sequence-classification model, a
+            causal LM (a demonstration), or a list of these.
+        tokenizer: the policy's.
+        config: GRPOConfig; None takes the defaults.
+        train_dataset: SimplePromptDataset, or a `datasets.Dataset` with a column "prompt".
+        eval_dataset: the same, for `eval_steps`.
+    Raises: ValueError or TypeError, with the cure, for what cannot work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        reward_model: RewardModel,
+        tokenizer,
+        config: GRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+    ):
+        self.config = config = config or GRPOConfig()
+        self.tokenizer = tokenizer
+        self.train_dataset = _checked_dataset(train_dataset, "train_dataset")
+        self.eval_dataset = _checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
+        if config.eval_steps and eval_dataset is None:
+            raise ValueError(f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on.")
+        if ref_model is model and config.kl_coef > 0:
+            raise ValueError(
+                "ref_model is the model that is trained, so the KL would always be 0. "
+                "Load it a second time, or give None for a frozen copy."
+            )
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+
+        self._prepare_models(model, ref_model)
+        self.rewards = Rewards(reward_model, tokenizer, config.reward_weights)
+        for judge in self.rewards.models:
+            judge.to(self.device)
+        self.end_ids, self.pad_id = end_token_ids(self._policy, tokenizer), pad_token_id(tokenizer)
+
+        self.data_fingerprint = checkpoints.fingerprint(
+            self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset))
+        )
+        self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
+        rollouts = self.order.batches_per_epoch * config.num_epochs
+        self.total_steps = config.max_steps or rollouts * config.num_iterations
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=self.total_steps
+        )
+
+        self.step = 0
+        self.num_tokens = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.batch: Batch | None = None
+        self.unlogged: list[dict[str, float]] = []
+        self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
+        self.completions_file = JsonLines(self.output_dir / "completions.jsonl")
+
+    # --- the algorithm ---------------------------------------------------------------------------------
+
+    def steps(self, resume: bool | str | Path | None = None) -> Iterator[StepRecord]:
+        """The whole run, one optimizer step at a time; logs, saves and evaluates as configured on the way.
+
+        Args:
+            resume: True goes on from the newest checkpoint in output_dir, a path from that one.
+        """
+        self._start(resume)
+        while self.step < self.total_steps:
+            began = time.perf_counter()
+            if self.batch is None:
+                self.batch = self.collect(next(self.order))
+            metrics = self.update(self.batch)
+            record = self._record(self.batch, metrics, time.perf_counter() - began)
+            if self.batch.updates == self.config.num_iterations:
+                self.batch = None
+            self._after_step(record)
+            yield record
+        self.save(self.output_dir / checkpoints.FINAL)
+        self.accelerator.end_training()
+
+    def collect(self, indices: Sequence[int]) -> Batch:
+        """Sample K completions for each of these prompts, score them, and compare each with its group."""
+        config, K = self.config, self.config.num_generations_per_prompt
+        rows = [self.train_dataset[i] for i in indices]
+        uniforms = self._uniforms(len(rows) * K, "rollout", self.step)
+        parts, scored, texts = [], [], []
+        for start in range(0, len(rows), config.batch_size):
+            some = rows[start : start + config.batch_size]
+            rollouts = self.sample([r["prompt"] for r in some], uniforms[start * K : (start + len(some)) * K], K)
+            texts += (completions := self.decode(rollouts))
+            scored.append(self._score(some, completions, K))
+            parts.append(MicroBatch(rollouts, self.reference_logprobs(rollouts)))
+
+        rewards = torch.cat([s.total for s in scored])
+        penalised = rewards - torch.cat([self._kl_in_reward(part) for part in parts])
+        advantages = group_advantages(
+            penalised.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
+        ).flatten()
+        for part, share in zip(parts, advantages.split([len(p.rollouts.ended) for p in parts]), strict=True):
+            part.advantages = share.to(self.device)
+            if config.gamma < 1:
+                part.advantages = discounted(part.advantages, part.rollouts.completion_mask, gamma=config.gamma)
+
+        by_function = {name: torch.cat([s.parts[name] for s in scored]) for name in self.rewards.names}
+        completions = [
+            {
+                "prompt": rows[i // K]["prompt"],
+                "completion": texts[i],
+                "reward": rewards[i].item(),
+                "rewards": {name: _or_none(values[i].item()) for name, values in by_function.items()},
+                "advantage": advantages[i].item(),
+            }
+            for i in range(len(texts))
+        ]
+        self.num_tokens += sum(int(part.rollouts.attention_mask.sum()) for part in parts)
+        return Batch(parts, completions, _batch_metrics(parts, rewards.view(-1, K), by_function))
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the batch: clipped loss with KL to the reference, over all its micro-batches."""
+        config = self.config
+        tokens = sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)
+        completions = sum(len(part.rollouts.ended) for part in batch.parts)
+        sums = _Sums()
+        self.model.train()
+        for part in batch.parts:
+            mask = part.rollouts.completion_mask
+            scores = completion_scores(
+                self.model, part.rollouts.input_ids, part.rollouts.attention_mask, part.rollouts.num_tokens,
+                temperature=config.temperature, kept=part.rollouts.kept,
+            )  # fmt: skip
+            terms = grpo_loss(
+                scores.logprobs,
+                part.old_logprobs,  # None at the first update: the policy is the one that sampled
+                part.advantages,
+                mask,
+                ref_logprobs=part.ref_logprobs,
+                kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+                kl_estimator=config.kl_estimator,
+                clip_range=config.clip_range,
+                clip_range_high=config.clip_range_high,
+                importance=config.importance,
+                surrogate=config.surrogate,
+                aggregation=config.aggregation,
+                constant=(config.aggregation_constant or config.max_new_tokens)
+                if config.aggregation == "constant"
+                else None,
+                total=tokens if config.aggregation == "token-mean" else completions,
+            )
+            self.accelerator.backward(terms.loss)
+            if batch.updates == 0:
+                part.old_logprobs = scores.logprobs.detach()
+            _add(sums, terms, scores, part, mask)
+
+        learning_rate = self.scheduler.get_last_lr()[0]
+        grad_norm = self._step_optimizer()
+        batch.updates += 1
+        metrics = {
+            "loss": sums.loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "entropy": sums.entropy / tokens,
+            "clip_ratio/low_mean": sums.clipped_low / tokens,
+            "clip_ratio/high_mean": sums.clipped_high / tokens,
+            "clip_ratio/region_mean": (sums.clipped_low + sums.clipped_high) / tokens,
+        }
+        if batch.parts[0].ref_logprobs is not None:
+            metrics["kl"] = sums.kl / tokens
+        if batch.updates == 1:
+            metrics["sampling/sampling_logp_difference/mean"] = sums.difference / tokens
+            metrics["sampling/sampling_logp_difference/max"] = sums.largest_difference
+        if self.step == 0:
+            self._check_first_update(sums)
+        return metrics
+
+    def _step_optimizer(self) -> float:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
+        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a scaler skips by itself, and must see it
+            self.optimizer.step()
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            self.scheduler.step()
+        else:
+            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.config.max_skipped_steps:
+                raise ArithmeticError(
+                    f"the gradient was not finite in {self.skipped_in_a_row} steps in a row (the last: step "
+                    f"{self.step + 1}). The weights are as they were before. Lower --learning-rate, or use "
+                    f"--precision bf16 or fp32 instead of {self.accelerator.mixed_precision}."
+                )
+        self.optimizer.zero_grad()
+        return norm
+
+    # --- its parts -------------------------------------------------------------------------------------
+
+    def sample(self, prompts: Sequence[Prompt], uniforms: Tensor, num_generations: int, **truncation) -> Rollouts:
+        """K completions for each prompt, drawn with these uniform numbers [P * K, T]; never with dropout."""
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        self._check_context(prompts, ids)
+        input_ids, mask = left_pad(ids, self.pad_id)
+        config = self.config
+        settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
+        with evaluating(self._policy), self.accelerator.autocast():
+            return sample(
+                self._policy, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
+                uniforms=uniforms, end_ids=self.end_ids, pad_id=self.pad_id, **settings,
+            )  # fmt: skip
+
+    def decode(self, rollouts: Rollouts) -> list[str]:
+        """The completions as text, without special tokens."""
+        ids, mask = rollouts.completion_ids.cpu(), rollouts.completion_mask.cpu()
+        return self.tokenizer.batch_decode([i[m] for i, m in zip(ids, mask, strict=True)], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """[B, T] log-probabilities in nats under the reference; None where kl_coef is 0: nothing is computed then."""
+        if self.ref_model is None:
+            return None
+        with evaluating(self.ref_model), self.accelerator.autocast():
+            return completion_logprobs(
+                self.ref_model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
+                temperature=self.config.temperature, kept=rollouts.kept,
+            )  # fmt: skip
+
+    def evaluate(self, dataset=None, *, num_generations: int | None = None) -> dict[str, float]:
+        """How often is the answer right? Greedily, and sampled as in training; each with a 95 % interval.
+
+        Args:
+            dataset: with at least one prompt; None takes eval_dataset.
+            num_generations: completions per prompt that are sampled; None takes the config's K.
+        Returns: "eval/pass@1_greedy", "eval/pass@1" (sampled) and "eval/pass@K", each also with "_low" and
+            "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means a reward of
+            at least `success_reward`. Draws no number that training would have drawn.
+        """
+        dataset = _checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
+        K = num_generations or self.config.num_generations_per_prompt
+        right: list[tuple[float, int]] = []
+        rewards: list[float] = []
+        for start in range(0, len(dataset), self.config.prompts_per_step):
+            rows = [dataset[i] for i in range(start, min(start + self.config.prompts_per_step, len(dataset)))]
+            uniforms = self._uniforms(len(rows) * K, "evaluate", start)
+            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)
+            sampled = self._answer(rows, uniforms, K).view(-1, K)
+            right += zip((greedy >= self.config.success_reward).tolist(),
+                         (sampled >= self.config.success_reward).sum(1).tolist(), strict=True)  # fmt: skip
+            rewards += sampled.flatten().tolist()
+        n = len(right)
+        shares = {
+            "pass@1_greedy": sum(g for g, _ in right) / n,
+            "pass@1": sum(pass_at_k(K, c, 1) for _, c in right) / n,
+            f"pass@{K}": sum(pass_at_k(K, c, K) for _, c in right) / n,
+        }
+        result = {}
+        for name, share in shares.items():
+            result[f"eval/{name}"] = share
+            result[f"eval/{name}_low"], result[f"eval/{name}_high"] = wilson_interval(share, n)
+        scored = [r for r in rewards if not math.isnan(r)]
+        return result | {"eval/reward": math.fsum(scored) / max(len(scored), 1)}
+
+    def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Tensor:
+        rollouts = self.sample([row["prompt"] for row in rows], uniforms, K, **truncation)
+        return self._score(rows, self.decode(rollouts), K).total
+
+    def _score(self, rows: list[Row], completions: list[str], K: int):
+        """Ask the reward functions, who see each prompt and column K times, once beside each completion."""
+        repeated = {name: [row[name] for row in rows for _ in range(K)] for name in rows[0]}
+        return self.rewards(repeated.pop("prompt"), completions, repeated)
+
+    def _kl_in_reward(self, part: MicroBatch) -> Tensor:
+        """[B] what the KL takes off the reward: beta times the log-ratio of the whole completion."""
+        rollouts = part.rollouts
+        if self.config.kl_in == "loss" or part.ref_logprobs is None:
+            return torch.zeros(len(rollouts.ended))
+        k1 = kl_estimate(rollouts.logprobs, part.ref_logprobs, rollouts.completion_mask, estimator="k1")
+        return self.config.kl_coef * k1.sum(1).cpu()
+
+    def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
+        # drawn on the CPU from a seed of their own: the same on every device, whatever was drawn before
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, number))
+        return torch.rand(rows, self.config.max_new_tokens, generator=generator)
+
+    def _check_context(self, prompts: Sequence[Prompt], ids: list[list[int]]) -> None:
+        context = getattr(self._policy.config, "max_position_embeddings", None)
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            if context and len(tokens) + self.config.max_new_tokens > context:
+                raise ValueError(
+                    f"a prompt of {len(tokens)} tokens and max_new_tokens {self.config.max_new_tokens} do not fit into "
+                    f"the model's context of {context}: {str(prompt)[:60]!r}. Shorten the prompt or lower --max-new-tokens."
+                )
+
+    def _check_first_update(self, sums: _Sums) -> None:
+        """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""
+        self.first_check = {"ratio": math.expm1(sums.largest_difference), "kl": sums.largest_kl}
+        allowed = 1e-3 if self.accelerator.mixed_precision == "no" else 0.5  # half precision rounds by per cents
+        if self.first_check["ratio"] > allowed:
+            warnings.warn(
+                f"right after sampling the importance ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
+                "this model does not give the same log-probabilities token by token as all at once.",
+                stacklevel=2,
+            )
+
+    # --- the whole run ---------------------------------------------------------------------------------
+
+    def train(self, resume: bool | str | Path | None = None) -> list[dict[str, Any]]:
+        """Run all steps with a progress bar, then write final_model/ and training.png.
+
+        Args:
+            resume: True goes on from the newest checkpoint in output_dir, a path from that one.
+        Returns: the rows of metrics.jsonl.
+        Raises: MemoryError, once, with what to lower; ArithmeticError if the gradient stays infinite.
+        """
+        from tqdm.auto import tqdm  # the notebook's bar in a notebook
+
+        try:
+            with tqdm(total=self.total_steps, unit="step", dynamic_ncols=True) as bar:
+                for record in self.steps(resume):
+                    if bar.n == 0:
+                        bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
+                    bar.update(record.step - bar.n)
+                    bar.set_postfix_str(_few_words(record.metrics))
+                    if record.step == 1:
+                        bar.write(self._first_words())
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(self._out_of_memory()) from error
+        history = self.metrics_file.read()
+        self._draw(history)
+        return history
+
+    def _first_words(self) -> str:
+        kl = f", KL to the reference 0 ± {self.first_check['kl']:.1e}" if self.ref_model is not None else ""
+        return f"Checked at step 1: importance ratio 1 ± {self.first_check['ratio']:.1e}{kl}.\n{WHY_ZERO}"
+
+    def _out_of_memory(self) -> str:
+        config = self.config
+        return OUT_OF_MEMORY.format(
+            device=self.device, rows=config.batch_size * config.num_generations_per_prompt,
+            length=config.max_new_tokens, batch_size=config.batch_size, k=config.num_generations_per_prompt,
+            precision={"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            output_dir=self.output_dir,
+        )  # fmt: skip
+
+    def _draw(self, history: list[dict[str, Any]]) -> None:
+        try:
+            figure = training_figure(history, title=f"GRPO, {self.step} optimizer steps")
+        except ImportError:  # matplotlib is not needed to train
+            warnings.warn("matplotlib is not installed, so training.png was not drawn.", stacklevel=2)
+            return
+        figure.savefig(self.output_dir / "training.png", dpi=120)
+
+    def _start(self, resume: bool | str | Path | None) -> None:
+        if resume:
+            self.load(checkpoints.to_resume(self.output_dir, resume))
+            self.metrics_file.cut_after(self.step)
+            self.completions_file.cut_after(self.step)
+        elif self.step == 0:
+            checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
+        if self.config.trackers:
+            wandb = {"name": self.config.wandb_run_name, "dir": str(self.output_dir)}
+            settings = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in self.config.to_dict().items()}
+            settings = {k: v for k, v in settings.items() if v is not None}
+            self.accelerator.init_trackers(self.config.wandb_project, settings, init_kwargs={"wandb": wandb})
+        warm = self.config.warmup_steps
+        if warm >= self.total_steps and self.config.lr_scheduler != "constant":
+            warnings.warn(
+                f"warmup_steps ({warm}) is not less than the {self.total_steps} steps of this run, so the learning rate "
+                f"never reaches {self.config.learning_rate:g}. Lower --warmup-steps, or train longer.",
+                stacklevel=3,
+            )
+
+    def _record(self, batch: Batch, update: dict[str, float], seconds: float) -> StepRecord:
+        self.step += 1
+        done = {
+            "step": self.step,
+            "epoch": self.order.epoch + self.order.cursor / self.order.size,
+            "num_tokens": self.num_tokens,
+            "skipped_steps": self.skipped_steps,
+            "step_time": seconds,
+        }
+        return StepRecord(self.step, done | batch.metrics | update, batch.completions)
+
+    def _after_step(self, record: StepRecord) -> None:
+        """Evaluate, log and save, each when its time has come."""
+        config, last = self.config, self.step == self.total_steps
+        if config.eval_steps and (self.step % config.eval_steps == 0 or last):
+            record.metrics.update(self.evaluate())
+        self.unlogged.append(record.metrics)
+        if self.step % config.logging_steps == 0 or last:
+            row = mean_metrics(self.unlogged)
+            self.metrics_file.append([row])
+            self.completions_file.append([{"step": self.step, **c} for c in record.completions])
+            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
+            self.unlogged = []
+        if self.step % config.save_steps == 0:
+            self.save(self.output_dir / f"checkpoint-{self.step}")
+            checkpoints.prune(self.output_dir, config.save_total_limit)
+
+    # --- saving ----------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads and that a run can be resumed from."""
+        checkpoints.save(Path(path), self._policy, self.tokenizer, self._state())
+
+    def load(self, path: str | Path) -> None:
+        """Go back to a checkpoint. Raises ValueError if it is damaged or was made with other settings or data."""
+        path = Path(path)
+        state = checkpoints.load_state(path)
+        checkpoints.check_same_run(state, self.config.to_dict(), self.data_fingerprint)
+        checkpoints.load_weights(self._policy, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.order.load_state_dict(state["order"])
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.unlogged = state["unlogged"]
+        self.batch = _batch_from(state["batch"], self.device) if state["batch"] else None
+        checkpoints.restore_random_state(state["random"])
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "order": self.order.state_dict(),
+            "batch": asdict(self.batch) if self.batch is not None else None,  # a rollout that is not used up
+            "unlogged": self.unlogged,
+            "random": checkpoints.random_state(),
+            "config": self.config.to_dict(),
+            "data": self.data_fingerprint,
+        }
+
+    # --- set-up ----------------------------------------------------------------------------------------
+
+    @property
+    def _policy(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _prepare_models(self, model: nn.Module, ref_model: nn.Module | None) -> None:
+        self.model = model
+        _trainable_in_float32(model)
+        if self.config.kl_coef == 0:
+            ref_model = None  # what is not needed is neither kept on the device nor computed
+        elif ref_model is None:
+            ref_model = copy.deepcopy(model)
+        if ref_model is not None:
+            # in the policy's precision, so that the KL to an untouched reference is exactly 0
+            ref_model = ref_model.to(self.device, next(model.parameters()).dtype).requires_grad_(False)
+        self.ref_model = ref_model
+        if self.config.disable_dropout:
+            _disable_dropout(model)
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def make_accelerator(config: GRPOConfig) -> Accelerator:
+    """Device, precision and trackers from the config. Raises ValueError if the device is not there."""
+    device = resolve_device(config.device)
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps the first trainer's device and precision for the life of the process: a notebook makes several
+        AcceleratorState._reset_state(reset_partial_state=True)
+    precision = resolve_precision(config.precision, device)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.trackers) or None,
+        project_dir=config.output_dir,
+    )
+
+
+def resolve_device(name: str) -> str:
+    """auto, cuda, cpu or mps -> the device to use. Raises ValueError, in plain words, if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    if name not in there:
+        raise ValueError(f"device must be auto, cuda, cpu or mps, got {name!r}.")
+    if not there[name]:
+        found = ", ".join(device for device, found in there.items() if found)
+        build = " (this PyTorch is built without CUDA)" if name == "cuda" and torch.version.cuda is None else ""
+        raise ValueError(f"there is no {name} device here{build}. Found: {found}. Use --device auto.")
+    return name
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """auto, fp32, bf16 or fp16 -> the one to use. Raises ValueError for fp16 without CUDA."""
+    if name == "auto":
+        if device != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and device != "cuda":
+        raise ValueError(f"precision fp16 needs CUDA (its loss scaling does), not {device}. Use bf16 or fp32.")
+    return name
+
+
+def _checked_dataset(dataset, name: str):
+    if dataset is None or isinstance(dataset, str) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {dataset!r}.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: at least one prompt is needed.")
+    if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
+        found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
+        raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
+    return dataset
+
+
+def _trainable_in_float32(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    # Modules keep their rates as nn.Dropout.p or as plain numbers (attention_dropout) for functional calls.
+    # eval() would do it too, but would also turn off gradient checkpointing.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
+    lengths = torch.cat([part.rollouts.completion_mask.sum(1) for part in parts]).float()
+    ended = torch.cat([part.rollouts.ended for part in parts])
+    metrics = {
+        "reward": rewards.nanmean().item(),
+        "reward_std": group_std(rewards).mean().item(),
+        "frac_reward_zero_std": all_equal(rewards).float().mean().item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": (~ended).float().mean().item(),
+    }
+    return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}
+
+
+def _add(sums: _Sums, terms, scores, part: MicroBatch, mask: Tensor) -> None:
+    sums.loss += terms.loss.item()
+    sums.tokens += mask.sum().item()
+    sums.entropy += scores.entropies.where(mask, 0.0).sum().item()
+    sums.clipped_low += terms.clipped_low.sum().item()
+    sums.clipped_high += terms.clipped_high.sum().item()
+    difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
+    sums.difference += difference.sum().item()
+    sums.largest_difference = max(sums.largest_difference, difference.max().item())
+    if terms.kl is not None:
+        sums.kl += terms.kl.sum().item()
+        sums.largest_kl = max(sums.largest_kl, terms.kl.abs().max().item())
+
+
+def _batch_from(saved: dict[str, Any], device) -> Batch:
+    def part(values: dict[str, Any]) -> MicroBatch:
+        tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return MicroBatch(**{**values, **tensors, "rollouts": Rollouts(**values["rollouts"]).to(device)})
+
+    return Batch(**{**saved, "parts": [part(p) for p in saved["parts"]]})
+
+
+def _few_words(metrics: dict[str, float]) -> str:
+    kl = f"{metrics['kl']:.4f}" if "kl" in metrics else "off"
+    return f"reward {metrics['reward']:.3f}, KL {kl}, length {metrics['completions/mean_length']:.1f}"
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
