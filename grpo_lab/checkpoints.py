@@ -125,7 +125,9 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
         (output_dir / ".writable").touch()
         (output_dir / ".writable").unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to {output_dir} ({error.strerror}). Name another folder: --output-dir.") from None
+        raise ValueError(
+            f"cannot write to {output_dir} ({error.strerror}). Name another folder: --output-dir."
+        ) from None
     results = [output_dir / name for name in (FINAL, *RUN_FILES)] + all_checkpoints(output_dir)
     results = [path for path in results if path.exists()]
     if results and not overwrite:

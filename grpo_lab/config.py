@@ -9,6 +9,7 @@ import math
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 
@@ -45,7 +46,9 @@ class GRPOConfig:
     """The gradient is scaled down to this norm where it is longer; inf turns it off."""
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises from 0."""
-    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "constant", "inverse_sqrt", "polynomial"] = "linear"
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "constant", "inverse_sqrt", "polynomial"] = (
+        "linear"
+    )
     """What the learning rate does after the warmup; a name from `transformers.get_scheduler`."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
@@ -76,7 +79,7 @@ class GRPOConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How the KL is estimated from sampled tokens; see grpo_lab.kl."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL penalty goes: into the loss (GRPO), or into the reward before the advantage (PPO, RLOO; always k1)."""
+    """Where the KL penalty goes: into the loss (GRPO), or into the reward before the advantage (RLOO; always k1)."""
     surrogate: Literal["clip", "cispo"] = "clip"
     """The clipped objective: PPO's minimum, or REINFORCE with capped weights (CISPO)."""
     importance: Literal["token", "sequence"] = "token"
@@ -169,7 +172,9 @@ class GRPOConfig:
     @property
     def trackers(self) -> tuple[str, ...]:
         """Everything to report to besides the JSONL files."""
-        return (("wandb",) if self.use_wandb else ()) + tuple(t for t in self.report_to if t != "wandb" or not self.use_wandb)
+        return (("wandb",) if self.use_wandb else ()) + tuple(
+            t for t in self.report_to if t != "wandb" or not self.use_wandb
+        )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GRPOConfig":
@@ -193,7 +198,7 @@ class GRPOConfig:
         body = ast.parse(inspect.getsource(cls)).body[0].body
         return {
             statement.target.id: inspect.cleandoc(following.value.value)
-            for statement, following in zip(body, body[1:], strict=False)
+            for statement, following in pairwise(body)
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
         }
 
@@ -245,7 +250,10 @@ def field_types() -> dict[str, tuple[tuple[type, ...], tuple[str, ...]]]:
         else:
             options = [o for o in (typing.get_args(hint) or (hint,)) if o is not Ellipsis]
             is_tuple = any(typing.get_origin(o) is tuple for o in [hint, *options])
-            result[name] = ((tuple, *([type(None)] if type(None) in options else [])) if is_tuple else tuple(options), ())
+            result[name] = (
+                (tuple, *([type(None)] if type(None) in options else [])) if is_tuple else tuple(options),
+                (),
+            )
     return result
 
 

@@ -1,8 +1,10 @@
 """Prompts: the dataset class, files, the built-in Countdown task, and an order that can be saved."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -46,11 +48,18 @@ class SimplePromptDataset:
     def __getitem__(self, index: int) -> Row:
         return {name: values[index] for name, values in self.columns.items()}
 
+    def select(self, indices: Iterable[int]) -> "SimplePromptDataset":
+        """Some of the rows, as `datasets.Dataset.select`."""
+        rows = [self[i] for i in indices]
+        return SimplePromptDataset(**{("prompts" if n == "prompt" else n): [r[n] for r in rows] for n in self.columns})
+
 
 def check_prompt(prompt: Any, index: int) -> None:
     """Raises ValueError or TypeError if this is neither a text nor a chat."""
     is_chat = (
-        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
     )
     if not isinstance(prompt, str) and not is_chat:
         raise TypeError(
@@ -125,6 +134,94 @@ def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
             dataset = dataset.remove_columns("prompt")
         dataset = dataset.rename_column(prompt_column, "prompt")
     return dataset
+
+
+EXAMPLE_PROMPTS = (
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about the sea.",
+    "What is the capital of France?",
+    "Give three tips for learning to cook.",
+    "Describe a sunrise to someone who has never seen one.",
+    "Why do leaves change colour in autumn?",
+    "Summarise the story of Romeo and Juliet in two sentences.",
+    "How does a bicycle stay upright?",
+)
+"""What the command line trains on if it is given a model and no dataset."""
+
+
+# --- Countdown: three numbers from 1 to 9 and a target from 0 to 99; prompt "3,5,7:22=", answer "3*5+7" -----
+
+HELD_OUT_PERCENT = 17
+
+
+def countdown_dataset(size: int, *, split: str = "train", seed: int = 0) -> SimplePromptDataset:
+    """Solvable Countdown prompts, drawn at random; reward them with `grpo_lab.rewards.countdown`.
+
+    Whether a problem (numbers in any order, and target) belongs to "train" or "held-out" depends on
+    nothing but the problem, so no held-out problem ever occurs in training under any seed.
+
+    >>> countdown_dataset(2, seed=1)[0]
+    {'prompt': '9,9,2:77='}
+    """
+    problems = countdown_problems(split)
+    random = Random(f"{seed}/{split}")
+    prompts = []
+    for numbers, target in random.choices(problems, k=size):
+        prompts.append(countdown_prompt(random.sample(numbers, 3), target))
+    return SimplePromptDataset(prompts)
+
+
+def countdown_prompt(numbers: Sequence[int], target: int) -> str:
+    """
+    >>> countdown_prompt([3, 5, 7], 22)
+    '3,5,7:22='
+    """
+    return f"{','.join(map(str, numbers))}:{target}="
+
+
+@cache
+def countdown_problems(split: str) -> list[tuple[tuple[int, ...], int]]:
+    """All problems of "train", "held-out" or "all": numbers in ascending order, and a target that can be reached."""
+    problems = [
+        (numbers, target)
+        for numbers in combinations_with_replacement(range(1, 10), 3)
+        for target in sorted(countdown_solutions(numbers))
+    ]
+    if split == "all":
+        return problems
+    if split not in ("train", "held-out"):
+        raise ValueError(f'split must be "train", "held-out" or "all", got {split!r}.')
+
+    def held_out(numbers: tuple[int, ...], target: int) -> bool:
+        return zlib.crc32(countdown_prompt(numbers, target).encode()) % 100 < HELD_OUT_PERCENT
+
+    return [problem for problem in problems if held_out(*problem) == (split == "held-out")]
+
+
+@cache
+def countdown_solutions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
+    """Target -> tidy expressions in + - * that use the three numbers once each and hit it.
+
+    Tidy: what commutes is written once, the larger number first and a product before a sum.
+
+    >>> countdown_solutions((3, 5, 7))[22]
+    ['5*3+7']
+    """
+    found: dict[int, set[str]] = {}
+    for a, b, c in permutations(numbers):
+        if a < b:
+            continue
+        options = {f"{a}*{b}+{c}": a * b + c, f"{a}*{b}-{c}": a * b - c, f"{c}-{a}*{b}": c - a * b}
+        options |= {f"{a}+{b}-{c}": a + b - c, f"{c}-{a}-{b}": c - a - b}
+        if b >= c:
+            options |= {f"{a}+{b}+{c}": a + b + c, f"{a}*{b}*{c}": a * b * c}
+        for expression, value in options.items():
+            if 0 <= value <= 99:
+                found.setdefault(value, set()).add(expression)
+    return {value: sorted(expressions) for value, expressions in found.items()}
+
+
+# --- Order ---------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -89,7 +89,9 @@ class CausalLMReward:
         """One mean log-probability per completion, in nats per token, at most 0."""
         heads = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         # an empty completion is judged by its only token, the end
-        ends = [self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else pad_token_id(self.tokenizer)]
+        ends = [
+            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else pad_token_id(self.tokenizer)
+        ]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or ends for c in completions]
         device = next(self.model.parameters()).device
         pad, longest = pad_token_id(self.tokenizer), max(map(len, tails))
@@ -169,7 +171,9 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
     except Exception as error:
         raise ValueError(f"the reward function {name!r} raised {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
-        raise ValueError(f"the reward function {name!r} returned {len(values)} values for {len(completions)} completions.")
+        raise ValueError(
+            f"the reward function {name!r} returned {len(values)} values for {len(completions)} completions."
+        )
     for value, completion in zip(values, completions, strict=True):
         if value is None:
             continue

@@ -53,14 +53,14 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
         tree = ast.parse(text, mode="eval").body
         numbers: list[int] = []
         return _value(tree, numbers), sorted(numbers)
-    except (SyntaxError, ZeroDivisionError, _NotArithmetic):
+    except (SyntaxError, ZeroDivisionError, _NotArithmeticError):
         return None
 
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-class _NotArithmetic(Exception):
+class _NotArithmeticError(Exception):
     pass
 
 
@@ -70,7 +70,7 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         numbers.append(node.value)
         return Fraction(node.value)
-    raise _NotArithmetic
+    raise _NotArithmeticError
 
 
 def exact_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
@@ -87,7 +87,8 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
 
     The final number is the first one after the last `####` (the form of GSM8K), else the last one in the text.
 
-    >>> numeric_answer(["?"] * 3, ["so it is -1,200.50", "#### 7 apples, of 9", "7 or 8"], answer=["-1200.5", "#### 7", 7])
+    >>> completions = ["so it is -1,200.50", "#### 7 apples, of 9", "7 or 8"]
+    >>> numeric_answer(["?"] * 3, completions, answer=["-1200.5", "#### 7", 7])
     [1.0, 1.0, 0.0]
     """
     golds = [final_number(str(a)) for a in answer]

@@ -15,6 +15,8 @@ CHUNK_ELEMENTS = 2**24  # logits turned to float32 at a time: 64 MiB
 
 
 class Scores(NamedTuple):
+    """What one forward pass says about completions."""
+
     logprobs: Tensor
     """[B, T] in nats, with gradient where the model has it."""
     entropies: Tensor

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +367,20 @@ class GRPOTrainer:
         scored = [r for r in rewards if not math.isnan(r)]
         return result | {"eval/reward": math.fsum(scored) / max(len(scored), 1)}
 
+    def examples(self, dataset, number: int = 3) -> list[dict[str, Any]]:
+        """One sampled completion for each of the first prompts, always with the same random numbers, to be looked at.
+
+        Returns: dicts of prompt, completion, reward.
+        """
+        rows = [dataset[i] for i in range(min(number, len(dataset)))]
+        rollouts = self.sample([row["prompt"] for row in rows], self._uniforms(len(rows), "examples", 0), 1)
+        completions = self.decode(rollouts)
+        rewards = self._score(rows, completions, 1).total.tolist()
+        return [
+            {"prompt": row["prompt"], "completion": c, "reward": r}
+            for row, c, r in zip(rows, completions, rewards, strict=True)
+        ]
+
     def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Tensor:
         rollouts = self.sample([row["prompt"] for row in rows], uniforms, K, **truncation)
         return self._score(rows, self.decode(rollouts), K).total
@@ -394,8 +408,9 @@ class GRPOTrainer:
         for prompt, tokens in zip(prompts, ids, strict=True):
             if context and len(tokens) + self.config.max_new_tokens > context:
                 raise ValueError(
-                    f"a prompt of {len(tokens)} tokens and max_new_tokens {self.config.max_new_tokens} do not fit into "
-                    f"the model's context of {context}: {str(prompt)[:60]!r}. Shorten the prompt or lower --max-new-tokens."
+                    f"a prompt of {len(tokens)} tokens and max_new_tokens {self.config.max_new_tokens} do not fit "
+                    f"into the model's context of {context}: {str(prompt)[:60]!r}. "
+                    "Shorten the prompt or lower --max-new-tokens."
                 )
 
     def _check_first_update(self, sums: _Sums) -> None:
@@ -404,7 +419,7 @@ class GRPOTrainer:
         allowed = 1e-3 if self.accelerator.mixed_precision == "no" else 0.5  # half precision rounds by per cents
         if self.first_check["ratio"] > allowed:
             warnings.warn(
-                f"right after sampling the importance ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
+                f"right after sampling the importance ratio should be 1, but is off by {self.first_check['ratio']:.2g}: "
                 "this model does not give the same log-probabilities token by token as all at once.",
                 stacklevel=2,
             )
@@ -466,14 +481,16 @@ class GRPOTrainer:
             checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
         if self.config.trackers:
             wandb = {"name": self.config.wandb_run_name, "dir": str(self.output_dir)}
-            settings = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in self.config.to_dict().items()}
+            settings = {
+                k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in self.config.to_dict().items()
+            }
             settings = {k: v for k, v in settings.items() if v is not None}
             self.accelerator.init_trackers(self.config.wandb_project, settings, init_kwargs={"wandb": wandb})
         warm = self.config.warmup_steps
         if warm >= self.total_steps and self.config.lr_scheduler != "constant":
             warnings.warn(
-                f"warmup_steps ({warm}) is not less than the {self.total_steps} steps of this run, so the learning rate "
-                f"never reaches {self.config.learning_rate:g}. Lower --warmup-steps, or train longer.",
+                f"warmup_steps ({warm}) is not less than the {self.total_steps} steps of this run, so the learning "
+                f"rate never reaches {self.config.learning_rate:g}. Lower --warmup-steps, or train longer.",
                 stacklevel=3,
             )
 
@@ -572,7 +589,7 @@ def make_accelerator(config: GRPOConfig) -> Accelerator:
     """Device, precision and trackers from the config. Raises ValueError if the device is not there."""
     device = resolve_device(config.device)
     if PartialState._shared_state and PartialState().num_processes == 1:
-        # accelerate keeps the first trainer's device and precision for the life of the process: a notebook makes several
+        # accelerate keeps the first trainer's device and precision for ever; a notebook makes several trainers
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = resolve_precision(config.precision, device)
     return Accelerator(

@@ -1,0 +1,286 @@
+"""The command line: `grpo-lab train` and what it prints.
+
+Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
+they are needed, so that `--help` answers at once.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from grpo_lab.config import PRESETS, GRPOConfig, field_types
+
+ALIASES = {"num_generations_per_prompt": ["--num-generations"]}  # the first is the one shown
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ArithmeticError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. What a user can mend is said in one sentence, without a traceback."""
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("\ngrpo-lab: stopped. Go on from the newest checkpoint with --resume.", file=sys.stderr)
+        return 130
+    except EXPECTED_ERRORS as error:
+        if options.debug:
+            raise
+        print(f"grpo-lab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser, its flags and help made from GRPOConfig."""
+    parser = argparse.ArgumentParser(
+        prog="grpo-lab", description="Group Relative Policy Optimization, to learn and to use."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a causal language model with GRPO. With no flags at all: the embedded pocket model learns "
+        "Countdown on a CPU in about a minute.",
+    )
+    train.set_defaults(command=train_command)
+
+    run = train.add_argument_group("the run")
+    run.add_argument(
+        "--model-name", default="pocket", help="pocket (the embedded model), a Hub id or a folder (default: pocket)"
+    )
+    run.add_argument(
+        "--dataset",
+        help="a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a Hub id[:config]; "
+        "without it, Countdown for the pocket model and a few example prompts for others",
+    )
+    run.add_argument("--eval-dataset", help="the same, for evaluation before and after")
+    run.add_argument("--prompt-column", default="prompt", help="the column with the prompts (default: prompt)")
+    run.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
+    run.add_argument("--max-train-samples", type=_positive, help="use only the first N prompts")
+    run.add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="countdown, exact_answer, numeric_answer, format:REGEX, or FILE.py:FUNCTION; may be given several times",
+    )
+    run.add_argument(
+        "--reward-model",
+        help="a sequence-classification model with one output: a Hub id or a folder; "
+        "without any reward, the policy itself judges, as a demonstration",
+    )
+    run.add_argument("--preset", choices=["pocket", *PRESETS], help="settings to start from; explicit flags win")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="go on from the newest checkpoint in the output folder, or from this one",
+    )
+    run.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")  # fmt: skip
+    _add_settings(train.add_argument_group("settings", "defaults are those of GRPOConfig; a preset may change them"))
+    return parser
+
+
+def _add_settings(group) -> None:
+    docs, types = GRPOConfig.docs(), field_types()
+    for field in fields(GRPOConfig):
+        flags = [*ALIASES.get(field.name, []), "--" + field.name.replace("_", "-")]
+        accepted, words = types[field.name]
+        text = docs[field.name].replace("%", "%%")
+        if field.default is not MISSING and field.default not in (None, (), False):
+            text += f" (default: {field.default})"
+        keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if bool in accepted:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif words:
+            keywords["choices"] = words
+        elif tuple in accepted:
+            keywords |= {"nargs": "+", "type": float if field.name == "reward_weights" else str}
+            keywords["metavar"] = "X"
+        else:
+            keywords |= {"type": accepted[0], "metavar": accepted[0].__name__.upper()}
+        group.add_argument(*flags, **keywords)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
+    """The settings of a run, and in words where they come from: preset, then explicit flags."""
+    names = ["pocket"] if options.model_name == "pocket" else []
+    if options.preset and options.preset not in names:
+        names.append(options.preset)
+    given = {f.name: getattr(options, f.name) for f in fields(GRPOConfig) if hasattr(options, f.name)}
+    start = {key: value for name in names for key, value in PRESETS[name].items()}
+    source = " + ".join(f"preset {name}" for name in names) or "the defaults of GRPOConfig"
+    changes = ", ".join(f"{name}={value}" for name, value in given.items())
+    return GRPOConfig(**{**start, **given}), f"{source}; changed: {changes or 'nothing'}"
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """Load, show three completions and the accuracy, train, show them again."""
+    config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
+    import torch
+
+    torch.set_num_threads(available_cores())
+    trainer = make_trainer(options, config)
+    print(_headline(trainer, options.model_name), f"Settings: {source}", _sizes(trainer), sep="\n")
+
+    dataset = trainer.eval_dataset or trainer.train_dataset
+    before = None if options.resume else _show(trainer, dataset, "Before")
+    trainer.train(resume=options.resume)
+    after = _show(trainer, dataset, "After")
+    if before and after:
+        print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
+    print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
+    return 0
+
+
+def make_trainer(options: argparse.Namespace, config: GRPOConfig):
+    """The trainer that the flags ask for. Raises ValueError or OSError for a model or dataset that is not there."""
+    from grpo_lab import pocket
+    from grpo_lab.data import EXAMPLE_PROMPTS, SimplePromptDataset, countdown_dataset, load_prompts
+    from grpo_lab.trainer import GRPOTrainer, resolve_device, resolve_precision
+
+    resolve_precision(config.precision, resolve_device(config.device))  # before minutes of loading
+    is_pocket = options.model_name == "pocket"
+
+    def prompts(name: str):
+        return load_prompts(name, prompt_column=options.prompt_column, split=options.split)
+
+    eval_dataset = prompts(options.eval_dataset) if options.eval_dataset else None
+    if options.dataset:
+        train_dataset = prompts(options.dataset)
+    elif is_pocket:
+        train_dataset = countdown_dataset(pocket.NUM_PROMPTS, seed=config.seed)
+        eval_dataset = eval_dataset or countdown_dataset(400, split="held-out", seed=config.seed)
+    else:
+        train_dataset = SimplePromptDataset(EXAMPLE_PROMPTS)
+        print("No --dataset: using a few example prompts.")
+    if options.max_train_samples:
+        rows = range(min(options.max_train_samples, len(train_dataset)))
+        train_dataset = train_dataset.select(rows)
+
+    model, tokenizer = pocket.load() if is_pocket else _load(options.model_name, options.trust_remote_code)
+    return GRPOTrainer(model, None, _rewards(options, model, is_pocket), tokenizer, config, train_dataset, eval_dataset)
+
+
+def _load(name: str, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _check_folder(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code), tokenizer
+
+
+def _check_folder(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(
+            f"there is no folder {name}. A model is a folder, a Hub id such as Qwen/Qwen2.5-0.5B, or pocket."
+        )
+
+
+def _rewards(options: argparse.Namespace, model, is_pocket: bool) -> list:
+    judges = [named_reward(name) for name in options.reward or ()]
+    if options.reward_model:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from grpo_lab.reward_models import SequenceClassifierReward
+
+        _check_folder(options.reward_model)
+        tokenizer = AutoTokenizer.from_pretrained(options.reward_model)
+        judge = AutoModelForSequenceClassification.from_pretrained(options.reward_model, num_labels=1)
+        judges.append(SequenceClassifierReward(judge, tokenizer))
+    if not judges:
+        judges = [named_reward("countdown") if is_pocket and not options.dataset else model]
+    return judges
+
+
+def named_reward(name: str):
+    """A built-in reward by name, `format:REGEX`, or a function of your own: `FILE.py:FUNCTION`."""
+    from grpo_lab.rewards import BUILT_IN, matches_format
+
+    kind, _, rest = name.partition(":")
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if kind == "format":
+        return matches_format(rest)
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"there is no reward {name!r}. Use {', '.join(BUILT_IN)}, format:REGEX or FILE.py:FUNCTION.")
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file} to take the reward {function!r} from.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{file} has no function {function!r}.")
+    return getattr(module, function)
+
+
+def available_cores() -> int:
+    """The cores that this process really has: its CPU set, and the quota of its container.
+
+    A container with half a core sees all of the machine's; two threads on one busy core are many times
+    slower than one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
+        return cores
+
+
+def _headline(trainer, name: str) -> str:
+    import torch
+
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    return f"GRPO on {name} ({parameters / 1e6:.2f} M parameters) · {trainer.device.type}, {precision}{threads}"
+
+
+def _sizes(trainer) -> str:
+    config = trainer.config
+    return (
+        f"{len(trainer.train_dataset)} prompts · {trainer.total_steps} optimizer steps of "
+        f"{config.prompts_per_step} prompts × {config.num_generations_per_prompt} completions "
+        f"= {config.completions_per_step}"
+    )
+
+
+def _show(trainer, dataset, when: str) -> float | None:
+    """Print three completions and, where there are answers to check, the accuracy; returns that."""
+    print(f"\n{when} training")
+    for example in trainer.examples(dataset, 3):
+        prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
+        print(f"  {_short(prompt)} → {_short(example['completion'])}   (reward {example['reward']:.2f})")
+    if trainer.eval_dataset is None:
+        return None
+    scores = trainer.evaluate()
+    K = trainer.config.num_generations_per_prompt
+    for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}")):
+        low, high = scores[f"eval/{key}_low"], scores[f"eval/{key}_high"]
+        print(f"  right, {label}: {scores[f'eval/{key}']:.1%}   (95 %: {low:.1%} to {high:.1%})")
+    print(f"  on {len(dataset)} problems that training never sees", flush=True)
+    return scores["eval/pass@1"]
+
+
+def _short(text: str, limit: int = 70) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
