@@ -161,7 +161,7 @@ def countdown_dataset(size: int, *, split: str = "train", seed: int = 0) -> Simp
     nothing but the problem, so no held-out problem ever occurs in training under any seed.
 
     >>> countdown_dataset(2, seed=1)[0]
-    {'prompt': '9,9,2:77='}
+    {'prompt': '2,5,7:19='}
     """
     problems = countdown_problems(split)
     random = Random(f"{seed}/{split}")

@@ -74,7 +74,7 @@ def clipped_surrogate(
     >>> clipped_surrogate(two, torch.zeros(1, 1), torch.tensor([1.0]), mask)  # enough: clipped
     tensor([[1.2000]])
     >>> clipped_surrogate(two, torch.zeros(1, 1), torch.tensor([-1.0]), mask)  # wrong way: not clipped
-    tensor([[-2.0000]])
+    tensor([[-2.]])
     """
     ratio = importance_ratio(logprobs, old_logprobs, mask, importance)
     advantages = _per_token(advantages)

@@ -419,7 +419,7 @@ class GRPOTrainer:
         allowed = 1e-3 if self.accelerator.mixed_precision == "no" else 0.5  # half precision rounds by per cents
         if self.first_check["ratio"] > allowed:
             warnings.warn(
-                f"right after sampling the importance ratio should be 1, but is off by {self.first_check['ratio']:.2g}: "
+                f"right after sampling the ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
                 "this model does not give the same log-probabilities token by token as all at once.",
                 stacklevel=2,
             )
