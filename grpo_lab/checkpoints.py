@@ -11,13 +11,15 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
+from transformers.utils import logging
 
 STATE_FILE = "training_state.pt"
 FINAL = "final_model"
@@ -43,14 +45,37 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
+    with _without_progress_bar():
+        model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
     tokenizer.save_pretrained(unfinished)
     torch.save(state, unfinished / STATE_FILE)
     for path in [*unfinished.iterdir(), unfinished]:
         _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = _hide(folder)
     os.replace(unfinished, folder)
     _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    # renamed before it is removed: half removed, it would still look like a checkpoint
+    hidden = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.is_dir():
+        os.replace(folder, hidden)
+    return hidden
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    # transformers' bar for one file would tear the training bar apart
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sync(path: Path) -> None:
@@ -76,7 +101,8 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into the model. Raises ValueError if they are damaged or of another shape."""
     try:
-        saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype, local_files_only=True)
+        with _without_progress_bar():
+            saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype, local_files_only=True)
         model.load_state_dict(saved.state_dict())
     except Exception as error:
         raise ValueError(_damaged(folder, error)) from error
@@ -112,7 +138,7 @@ def to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
 def prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond the limit."""
     for old in all_checkpoints(output_dir)[:-limit] if limit else ():
-        shutil.rmtree(old)
+        shutil.rmtree(_hide(old))
 
 
 def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
@@ -136,7 +162,7 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
             "Go on with it: --resume. Replace it: --overwrite-output-dir. Keep it: another --output-dir."
         )
     for path in results:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(_hide(path)) if path.is_dir() else path.unlink()
 
 
 def fingerprint(prompts: Iterable[Any]) -> str:

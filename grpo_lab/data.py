@@ -33,6 +33,8 @@ class SimplePromptDataset:
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, got one string. One prompt? Use [prompt].")
         self.columns = {"prompt": list(prompts), **{name: list(values) for name, values in columns.items()}}
+        if "prompt" in columns:
+            raise ValueError('the column "prompt" is that of the prompts themselves: give the other one another name.')
         size = len(self.columns["prompt"])
         if size == 0:
             raise ValueError("the dataset is empty: at least one prompt is needed.")
@@ -121,7 +123,10 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
 
 
 def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
-    """The `datasets.Dataset` with its prompts in the column "prompt". Raises ValueError if it is empty or has none."""
+    """The `datasets.Dataset` with its prompts in the column "prompt".
+
+    Raises: ValueError if it is empty, has no such column, or a prompt is no prompt: an empty cell, a number.
+    """
     if prompt_column not in dataset.column_names:
         raise ValueError(
             f"{name} has no column {prompt_column!r}, only {', '.join(dataset.column_names)}. "
@@ -133,6 +138,11 @@ def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
         if "prompt" in dataset.column_names:
             dataset = dataset.remove_columns("prompt")
         dataset = dataset.rename_column(prompt_column, "prompt")
+    for i, prompt in enumerate(dataset["prompt"]):
+        try:
+            check_prompt(prompt, i)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
     return dataset
 
 

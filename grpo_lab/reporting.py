@@ -60,10 +60,11 @@ class JsonLines:
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # split at "\n" only: a completion may hold other line ends, such as U+2028
+        for line in self.path.read_bytes().split(b"\n"):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # cut off, perhaps in the middle of a character
                 break
         return rows
 
@@ -136,10 +137,11 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     _curve(reward, rows, "reward", COLOURS["reward"], "mean reward")
     _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "groups that teach nothing", linestyle="--")
     reward.set(title="Reward", ylabel="reward (share of groups)")
-    reward.legend(frameon=False)
+    if reward.lines:
+        reward.legend(frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
-    if not any("kl" in row for row in rows):
+    if rows and not any("kl" in row for row in rows):
         kl.text(0.5, 0.5, "not computed: kl_coef = 0", ha="center", va="center", transform=kl.transAxes)
     _curve(entropy, rows, "entropy", COLOURS["entropy"])
     entropy.set(title="Entropy of the next token", ylabel="nats", xlabel="optimizer step")

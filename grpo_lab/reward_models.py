@@ -45,8 +45,7 @@ class SequenceClassifierReward:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One logit per completion, in whatever unit the model was trained to give."""
-        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        rows = [self.tokenizer(text)["input_ids"] or [pad_token_id(self.tokenizer)] for text in texts]
+        rows = [self._ids(p, c) or [pad_token_id(self.tokenizer)] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
         pad = self.model.config.pad_token_id
         device = next(self.model.parameters()).device
@@ -56,13 +55,14 @@ class SequenceClassifierReward:
             logits = self.model(input_ids=input_ids, attention_mask=mask).logits
         return logits.squeeze(-1).float().tolist()
 
-    def _text(self, prompt: Prompt, completion: str) -> str:
+    def _ids(self, prompt: Prompt, completion: str) -> list[int]:
         if isinstance(prompt, str):
-            return prompt + completion
+            return self.tokenizer(prompt + completion)["input_ids"]
         chat = [*prompt, {"role": "assistant", "content": completion}]
         if self.tokenizer.chat_template is None:
-            return "\n".join(message["content"] for message in chat)
-        return self.tokenizer.apply_chat_template(chat, tokenize=False)
+            return self.tokenizer("\n".join(message["content"] for message in chat))["input_ids"]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 
 class CausalLMReward:
@@ -178,7 +178,7 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
         if value is None:
             continue
         try:
-            infinite = math.isinf(value)
+            infinite = math.fabs(value) > torch.finfo(torch.float32).max  # rewards are kept in float32
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"the reward function {name!r} must return numbers or None, got {value!r}.") from None
         if infinite:

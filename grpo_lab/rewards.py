@@ -99,7 +99,8 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
 
 
 # A minus right after a digit or a bracket is an operator, not a sign: "5-3" ends in 3.
-_NUMBER = re.compile(r"(?:(?<![\d)\w.])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?(?![\d])")
+# A number is read whole, however long: the tail of a long one is another number.
+_NUMBER = re.compile(r"(?:(?<![)\w.])[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\w)\.\d+)(?!\d)")
 
 
 def final_number(text: str) -> Fraction | None:
@@ -114,6 +115,8 @@ def final_number(text: str) -> Fraction | None:
     if not found:
         return None
     number = found[0] if marker else found[-1]
+    if len(number) > MAX_EXPRESSION:
+        return None
     return Fraction(number.replace("\u2212", "-").replace(",", "").replace("$", ""))
 
 

@@ -582,7 +582,9 @@ class GRPOTrainer:
         if self.config.disable_dropout:
             _disable_dropout(model)
         if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers renamed it in 5.2x; older versions know the second name only
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
 
 def make_accelerator(config: GRPOConfig) -> Accelerator:

@@ -1,0 +1,45 @@
+# Three commands. Each makes .venv on its first run and only uses it from then on.
+#   make demo   train the embedded model on this machine, in about a minute
+#   make test   run every test
+#   make lab    open the notebooks in JupyterLab
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+.PHONY: demo test lab lint
+
+demo: .venv/demo
+	$(BIN)/grpo-lab train --output-dir demo_output --overwrite-output-dir
+
+test: .venv/test lint
+	$(BIN)/pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: .venv/lab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+.venv/demo: .venv/made
+	@echo "Installing PyTorch, Transformers and the rest into .venv (once, some minutes) …"
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/test: .venv/made
+	@echo "Installing everything that the tests need into .venv (once, some minutes) …"
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/lab: .venv/made
+	@echo "Installing JupyterLab into .venv (once, some minutes) …"
+	$(INSTALL) -e '.[lab]'
+	@touch $@
+
+# made anew when the versions change
+.venv/made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("GRPO Lab needs Python 3.11 or newer. Have one? make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv --clear .venv
+	@touch $@

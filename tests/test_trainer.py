@@ -1,0 +1,504 @@
+"""The trainer: one step is the sentence that describes it, and nothing but the settings changes what it does."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, trainer
+from grpo_lab.advantages import group_advantages
+from grpo_lab.config import PRESETS
+from grpo_lab.pocket.make import make_tokenizer
+
+PROMPTS = [f"{a},{b},{a + b}:{a * b}=" for a in range(1, 4) for b in range(1, 5)]
+
+
+def likes_threes(prompts, completions):
+    """A reward that a random model can climb."""
+    return [c.count("3") / 4 for c in completions]
+
+
+def make_trainer(folder, *, model=None, ref_model=None, reward=likes_threes, prompts=PROMPTS, **settings):
+    defaults = {
+        "batch_size": 4, "gradient_accumulation_steps": 1, "num_generations_per_prompt": 4, "max_new_tokens": 6,
+        "learning_rate": 1e-2, "warmup_steps": 0, "max_steps": 3, "logging_steps": 1,
+        "lr_scheduler": "constant", "output_dir": str(folder), "overwrite_output_dir": True,
+    }  # fmt: skip
+    dataset = prompts if hasattr(prompts, "columns") else SimplePromptDataset(prompts)
+    config = GRPOConfig(**defaults | settings)
+    return GRPOTrainer(model or tiny_model(), ref_model, reward, make_tokenizer(), config, dataset)
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
+
+
+def texts(record):
+    return [row["completion"] for row in record.completions]
+
+
+# --- it learns ------------------------------------------------------------------------------------------
+
+
+def test_reward_rises_and_the_reference_stays(tmp_path, uniform_model):
+    run = make_trainer(tmp_path, model=uniform_model, max_steps=25, learning_rate=3e-2, kl_coef=0.01)
+    reference = torch.cat([p.flatten().clone() for p in run.ref_model.parameters()])
+    rewards = [record.metrics["reward"] for record in run.steps()]
+    assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
+    assert torch.equal(reference, torch.cat([p.flatten() for p in run.ref_model.parameters()]))
+
+
+def test_a_strong_kl_penalty_holds_the_policy_back(tmp_path):
+    kl = {}
+    for beta in (0.001, 10.0):
+        run = make_trainer(tmp_path, max_steps=20, kl_coef=beta, learning_rate=3e-3, top_k=0, top_p=1.0)
+        kl[beta] = [record.metrics["kl"] for record in run.steps()][-1]
+    assert kl[10.0] < 0.5 * kl[0.001]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(tmp_path, preset):
+    settings = {k: v for k, v in PRESETS[preset].items() if preset != "pocket"}
+    run = make_trainer(tmp_path, max_steps=2, num_iterations=2, **settings)
+    before = weights(run)
+    records = list(run.steps())
+    assert all(torch.isfinite(torch.tensor(list(r.metrics.values()))).all() for r in records)
+    assert not torch.equal(before, weights(run))
+
+
+# --- memory is the only thing that micro-batches change --------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "constant"])
+@pytest.mark.parametrize("extra", [{}, {"num_iterations": 2, "gamma": 0.9}, {"scale_rewards": "batch"}], ids=str)
+def test_accumulation_changes_nothing(tmp_path, aggregation, extra):
+    def run(batch_size, accumulation):
+        r = make_trainer(
+            tmp_path, batch_size=batch_size, gradient_accumulation_steps=accumulation, aggregation=aggregation,
+            learning_rate=1e-4, **extra,
+        )  # fmt: skip
+        records = list(r.steps())
+        return weights(r), [texts(record) for record in records], [record.metrics for record in records]
+
+    whole_weights, whole_texts, whole_metrics = run(4, 1)
+    for split in ((2, 2), (1, 4)):
+        part_weights, part_texts, part_metrics = run(*split)
+        assert part_texts == whole_texts
+        # Adam divides by the gradient's size, so rounding can move a weight by a little of the 1e-4 that a step is
+        torch.testing.assert_close(part_weights, whole_weights, atol=2e-6, rtol=0)
+        for part, whole in zip(part_metrics, whole_metrics, strict=True):
+            ignored = {"step_time"}
+            assert {k: v for k, v in part.items() if k not in ignored} == pytest.approx(
+                {k: v for k, v in whole.items() if k not in ignored}, rel=1e-3, abs=1e-5
+            )
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, saving = make_trainer(tmp_path), make_trainer(tmp_path, gradient_checkpointing=True)
+    for run in (plain, saving):
+        list(run.steps())
+    torch.testing.assert_close(weights(plain), weights(saving), atol=1e-6, rtol=0)
+
+
+def test_gradient_checkpointing_really_recomputes(tmp_path):
+    run = make_trainer(tmp_path, gradient_checkpointing=True, max_steps=1)
+    calls = []
+    run.model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = run.collect([0, 1, 2, 3])
+    calls.clear()
+    run.update(batch)
+    assert len(calls) == 2  # forward, and again in backward
+
+
+# --- one distribution for sampler and scorer -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_k": 0, "top_p": 0.8}, {"temperature": 1.7}], ids=str)
+def test_right_after_sampling_the_ratio_is_one_and_the_kl_zero(tmp_path, truncation):
+    run = make_trainer(tmp_path, **truncation)
+    first = next(run.steps())
+    assert run.first_check["ratio"] < 1e-5
+    assert run.first_check["kl"] == 0
+    assert first.metrics["sampling/sampling_logp_difference/max"] < 1e-5
+
+
+def test_a_scorer_that_forgets_the_temperature_is_noticed(tmp_path, monkeypatch):
+    real = trainer.completion_scores
+    monkeypatch.setattr(trainer, "completion_scores", lambda *a, **k: real(*a, **k | {"temperature": 1.0}))
+    with pytest.warns(UserWarning, match="ratio should be 1"):
+        next(make_trainer(tmp_path, temperature=0.5).steps())
+
+
+def test_dropout_is_off_while_ratios_are_compared(tmp_path):
+    def noisy():
+        return tiny_model(attention_dropout=0.5)
+
+    off = make_trainer(tmp_path, model=noisy())
+    assert [r.metrics["sampling/sampling_logp_difference/max"] < 1e-5 for r in off.steps()] == [True] * 3
+    with pytest.warns(UserWarning, match="ratio should be 1"):
+        next(make_trainer(tmp_path, model=noisy(), disable_dropout=False).steps())
+
+
+# --- several updates per rollout -------------------------------------------------------------------------
+
+
+def test_later_updates_use_the_same_completions_and_the_same_old_logprobs(tmp_path):
+    run = make_trainer(tmp_path, num_iterations=3, max_steps=6)
+    seen = []
+    for record in run.steps():
+        old = run.batch.parts[0].old_logprobs.clone() if run.batch else None
+        seen.append((texts(record), old, record.metrics["clip_ratio/region_mean"]))
+    assert seen[0][0] == seen[1][0] == seen[2][0] != seen[3][0] == seen[5][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][2] == 0  # one update: ratio 1, clip inactive by construction
+    assert seen[2][2] > 0
+
+
+def test_the_whole_gradient_of_the_first_update_is_reinforce(tmp_path):
+    """At ratio 1 the surrogate's gradient is that of A log pi, averaged per completion and then over them."""
+    run = make_trainer(tmp_path, kl_coef=0.0, max_grad_norm=float("inf"))
+    batch = run.collect([0, 1, 2, 3])
+    part = batch.parts[0]
+    rollouts, model = part.rollouts, run.model
+    logprobs = trainer.completion_logprobs(
+        model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
+        temperature=run.config.temperature, kept=rollouts.kept,
+    )  # fmt: skip
+    total = 0.0
+    for i, row in enumerate(batch.completions):
+        m = rollouts.completion_mask[i]
+        total = total - row["advantage"] * logprobs[i][m].sum() / m.sum() / len(batch.completions)
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in expected]).norm().item()
+    assert run.update(batch)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+# --- rewards, groups, gamma ------------------------------------------------------------------------------
+
+
+def test_columns_stand_beside_their_own_prompts_k_times(tmp_path):
+    def reward(prompts, completions, answer, **columns):
+        assert "unused" in columns
+        assert [p.split(":")[1] for p in prompts] == [f"{a}=" for a in answer]
+        return [float(len(c)) for c in completions]
+
+    answers = [p.split(":")[1][:-1] for p in PROMPTS]
+    dataset = SimplePromptDataset(PROMPTS, answer=answers, unused=answers)
+    record = next(make_trainer(tmp_path, prompts=dataset, reward=reward).steps())
+    rewards = torch.tensor([row["reward"] for row in record.completions]).view(4, 4)
+    assert torch.allclose(
+        torch.tensor([row["advantage"] for row in record.completions]).view(4, 4), group_advantages(rewards)
+    )
+    for group in range(4):
+        assert len({row["prompt"] for row in record.completions[4 * group : 4 * group + 4]}) == 1
+
+
+def test_several_rewards_are_weighted_and_logged_apart(tmp_path):
+    def only_some(prompts, completions):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    run = make_trainer(tmp_path, reward=[likes_threes, only_some], reward_weights=(1.0, 10.0), max_steps=1)
+    record = next(run.steps())
+    for i, row in enumerate(record.completions):
+        parts = row["rewards"]
+        assert parts["only_some"] == (None if i % 2 else 1.0)
+        assert row["reward"] == pytest.approx(parts["likes_threes"] + 10 * (parts["only_some"] or 0))
+    assert record.metrics["rewards/only_some/mean"] == 1.0
+
+
+def test_gamma_gives_early_tokens_less(tmp_path):
+    part = make_trainer(tmp_path, gamma=0.5).collect([0, 1]).parts[0]
+    n = int(part.rollouts.completion_mask[0].sum())
+    assert part.advantages[0, :n].tolist() == pytest.approx(
+        [part.advantages[0, n - 1].item() * 0.5 ** (n - 1 - t) for t in range(n)]
+    )
+
+
+def test_kl_in_the_reward_is_the_log_ratio_of_the_whole_completion(tmp_path):
+    reference = tiny_model(seed=7)
+    run = make_trainer(
+        tmp_path, ref_model=reference, kl_in="reward", kl_estimator="k1", kl_coef=0.5, scale_rewards="none"
+    )
+    batch = run.collect([0, 1])
+    part = batch.parts[0]
+    log_ratio = ((part.rollouts.logprobs - part.ref_logprobs) * part.rollouts.completion_mask).sum(1)
+    rewards = torch.tensor([row["reward"] for row in batch.completions]) - 0.5 * log_ratio
+    assert part.advantages.tolist() == pytest.approx(
+        group_advantages(rewards.view(2, 4), scale="none").flatten().tolist()
+    )
+
+
+def test_a_bad_reward_function_stops_the_run_and_leaves_what_was_written(tmp_path):
+    calls = []
+
+    def breaks(prompts, completions):
+        calls.append(1)
+        return [float("inf")] * len(completions) if len(calls) == 3 else likes_threes(prompts, completions)
+
+    run = make_trainer(tmp_path, reward=breaks, save_steps=1)
+    with pytest.raises(ValueError, match="'breaks' returned inf"):
+        run.train()
+    assert [row["step"] for row in run.metrics_file.read()] == [1, 2]
+    assert (tmp_path / "checkpoint-2" / "training_state.pt").exists()
+    assert torch.isfinite(weights(run)).all()
+
+
+# --- metrics ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_what_they_are_called(tmp_path):
+    run = make_trainer(
+        tmp_path, batch_size=2, gradient_accumulation_steps=2, kl_coef=0.1, num_iterations=2, max_steps=2
+    )
+    records = run.steps()
+    next(records)
+    batch, before = run.batch, run.model.state_dict()
+    model = tiny_model()
+    model.load_state_dict(before)
+    second = next(records).metrics
+    rewards = torch.tensor([row["reward"] for row in batch.completions]).view(4, 4)
+    entropy = kl = tokens = moved = 0.0
+    for part in batch.parts:
+        r = part.rollouts
+        with torch.no_grad():
+            positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
+        logits = logits[:, -r.num_tokens - 1 : -1] / 0.7
+        for i, t in r.completion_mask.nonzero().tolist():
+            kept = r.kept[i, t][r.kept[i, t] >= 0]
+            logp = logits[i, t][kept].log_softmax(0)[kept == r.completion_ids[i, t]].item()
+            p = logits[i, t].softmax(0)
+            entropy -= (p * p.log()).sum().item()
+            d = part.ref_logprobs[i, t].item() - logp
+            kl += torch.tensor(d).exp().item() - d - 1
+            ratio, A = torch.tensor(logp - part.old_logprobs[i, t].item()).exp().item(), part.advantages[i].item()
+            moved += (ratio > 1.2 and A > 0) or (ratio < 0.8 and A < 0)
+            tokens += 1
+    assert second["entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
+    assert second["kl"] == pytest.approx(kl / tokens, rel=1e-3)
+    assert second["clip_ratio/region_mean"] == pytest.approx(moved / tokens)
+    assert second["clip_ratio/region_mean"] == second["clip_ratio/low_mean"] + second["clip_ratio/high_mean"] > 0
+    assert second["reward"] == pytest.approx(rewards.mean().item())
+    assert second["reward_std"] == pytest.approx(rewards.std(1).mean().item())
+    assert second["frac_reward_zero_std"] == (rewards.std(1) == 0).float().mean().item()
+    assert second["completions/mean_length"] == tokens / 16
+    assert second["num_tokens"] == sum(p.rollouts.attention_mask.sum().item() for p in batch.parts)
+    assert set(second) <= {*trainer_metrics(), "rewards/likes_threes/mean"}
+
+
+def trainer_metrics():
+    from grpo_lab.reporting import METRICS
+
+    return METRICS
+
+
+def test_steps_are_optimizer_steps_and_the_schedule_is_transformers(tmp_path):
+    from transformers import get_scheduler
+
+    run = make_trainer(
+        tmp_path, max_steps=None, num_epochs=2, gradient_accumulation_steps=2, batch_size=2, num_iterations=2,
+        warmup_steps=3, lr_scheduler="cosine", logging_steps=5, save_steps=4,
+    )  # fmt: skip
+    assert run.total_steps == 2 * 3 * 2  # epochs x batches of 4 of the 12 prompts x updates per rollout
+    rates = [record.metrics["learning_rate"] for record in run.steps()]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=12)
+    expected = []
+    for _ in rates:
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
+    assert [row["step"] for row in run.metrics_file.read()] == [5, 10, 12]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+
+
+def test_a_warmup_longer_than_the_run_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="never reaches"):
+        list(make_trainer(tmp_path, warmup_steps=100, lr_scheduler="linear").steps())
+
+
+def test_the_bar_says_reward_kl_and_length_and_why_the_loss_is_zero(tmp_path, capsys):
+    history = make_trainer(tmp_path).train()
+    out = capsys.readouterr()
+    assert "reward 0." in out.err
+    assert "KL 0." in out.err
+    assert "length" in out.err
+    assert "importance ratio 1 ±" in out.out
+    assert "hovers around 0" in out.out
+    assert [row["step"] for row in history] == [1, 2, 3]
+    assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 16
+    assert set(rows[0]) == {"step", "prompt", "completion", "reward", "rewards", "advantage"}
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fatal(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path, max_steps=20, max_skipped_steps=3)
+    records = run.steps()
+    next(records)
+    before = weights(run)
+    real = trainer.grpo_loss
+
+    def broken(logprobs, *a, **k):
+        return real(logprobs * float("nan"), *a, **k)
+
+    monkeypatch.setattr(trainer, "grpo_loss", broken)
+    assert next(records).metrics["skipped_steps"] == 1
+    assert torch.equal(before, weights(run))
+    monkeypatch.setattr(trainer, "grpo_loss", real)
+    assert next(records).metrics["skipped_steps"] == 1
+    monkeypatch.setattr(trainer, "grpo_loss", broken)
+    with pytest.raises(ArithmeticError, match="3 steps in a row"):
+        list(records)
+    assert torch.isfinite(weights(run)).all()
+
+
+def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch):
+    def explode(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer, "completion_scores", explode)
+    with pytest.raises(MemoryError) as caught:
+        make_trainer(tmp_path).train()
+    for knob in ("--batch-size (now 4", "--num-generations (K, now 4)", "--max-new-tokens (now 6)", "--precision"):
+        assert knob in str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context_is_named(tmp_path):
+    run = make_trainer(tmp_path, prompts=["1+" * 40], max_steps=1)
+    with pytest.raises(ValueError, match=r"80 tokens.*context of 64.*Shorten"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "there is no cuda device here.*--device auto"),
+        ({"device": "tpu"}, "device must be auto, cuda, cpu or mps"),
+        ({"precision": "fp16"}, "fp16 needs CUDA"),
+        ({"eval_steps": 1}, "no eval_dataset"),
+        ({"reward_weights": (1.0, 2.0)}, "2 reward_weights for 1 reward"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_cure(tmp_path, settings, message):
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+def test_the_policy_cannot_be_its_own_reference(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="the KL would always be 0"):
+        make_trainer(tmp_path, model=model, ref_model=model)
+    make_trainer(tmp_path, model=model, ref_model=model, kl_coef=0.0)
+
+
+def test_without_kl_there_is_no_reference_at_all(tmp_path):
+    run = make_trainer(tmp_path, ref_model=tiny_model(seed=1), kl_coef=0.0)
+    assert run.ref_model is None
+    assert "kl" not in next(run.steps()).metrics
+
+
+# --- precision -------------------------------------------------------------------------------------------
+
+
+def test_half_precision_weights_are_trained_in_float32(tmp_path):
+    run = make_trainer(tmp_path, model=tiny_model().bfloat16())
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    next(run.steps())
+    assert run.first_check["kl"] == 0
+
+
+def test_bf16_arithmetic_trains_on_the_cpu_too(tmp_path):
+    run = make_trainer(tmp_path, precision="bf16", max_steps=2)
+    before = weights(run)
+    records = list(run.steps())
+    assert run.accelerator.mixed_precision == "bf16"
+    assert 0 < records[0].metrics["sampling/sampling_logp_difference/max"] < 0.5
+    assert not torch.equal(before, weights(run))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+def test_evaluation_counts_right_answers_and_leaves_training_alone(tmp_path):
+    def run(evaluate):
+        r = make_trainer(tmp_path, success_reward=0.25)
+        out = []
+        for record in r.steps():
+            out.append(texts(record))
+            if evaluate:
+                scores = r.evaluate(SimplePromptDataset(PROMPTS[:5]), num_generations=3)
+        return out, weights(r), scores if evaluate else None
+
+    plain, plain_weights, _ = run(False)
+    evaluated, evaluated_weights, scores = run(True)
+    assert plain == evaluated
+    assert torch.equal(plain_weights, evaluated_weights)
+    assert 0 <= scores["eval/pass@1_low"] <= scores["eval/pass@1"] <= scores["eval/pass@3"] <= 1
+    assert scores["eval/pass@1"] * 15 == pytest.approx(round(scores["eval/pass@1"] * 15))
+
+
+def test_greedy_evaluation_is_what_generate_says(tmp_path, tokenizer):
+    model = tiny_model()
+    expected = []
+    for prompt in PROMPTS[:6]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        expected.append("3" in tokenizer.decode(out, skip_special_tokens=True))
+    run = make_trainer(tmp_path, model=model, reward=lambda prompts, completions: ["3" in c for c in completions])
+    scores = run.evaluate(SimplePromptDataset(PROMPTS[:6]))
+    assert scores["eval/pass@1_greedy"] == sum(expected) / 6
+
+
+def test_evaluation_comes_every_eval_steps(tmp_path):
+    config = {"eval_steps": 2, "max_steps": 3, "logging_steps": 1, "output_dir": str(tmp_path), "max_new_tokens": 4}
+    data = SimplePromptDataset(PROMPTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the warmup is longer than the run
+        run = GRPOTrainer(tiny_model(), None, likes_threes, make_tokenizer(), GRPOConfig(**config), data, data)
+        history = run.train()
+    assert ["eval/pass@1" in row for row in history] == [False, True, True]
+
+
+# --- resume ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_iterations": 2, "batch_size": 2, "gradient_accumulation_steps": 2}], ids=str
+)
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_resumed_run_ends_exactly_as_the_unbroken_one(tmp_path, settings, stop):
+    common = {"max_steps": 5, "save_steps": 1, "logging_steps": 2, "lr_scheduler": "linear", **settings}
+    whole = make_trainer(tmp_path / "whole", **common)
+    whole_history = whole.train()
+
+    broken = make_trainer(tmp_path / "broken", **common)
+    for record in broken.steps():
+        if record.step == stop:
+            break
+    resumed = make_trainer(tmp_path / "broken", **common)
+    history = resumed.train(resume=True)
+
+    assert torch.equal(weights(whole), weights(resumed))
+
+    def timeless(rows):
+        return [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+
+    assert timeless(history) == timeless(whole_history)
+    assert (tmp_path / "broken/completions.jsonl").read_text() == (tmp_path / "whole/completions.jsonl").read_text()
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    list(make_trainer(tmp_path, save_steps=1).steps())
+    with pytest.raises(ValueError, match=r"clip_range: 0.2 -> 0.3"):
+        make_trainer(tmp_path, clip_range=0.3).train(resume=True)
+    with pytest.raises(ValueError, match="the training prompts"):
+        make_trainer(tmp_path, prompts=PROMPTS[:-1]).train(resume=True)
