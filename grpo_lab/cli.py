@@ -130,8 +130,10 @@ def train_command(options: argparse.Namespace) -> int:
     """Load, show three completions and the accuracy, train, show them again."""
     config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(available_cores())
+    logging.disable_progress_bar()  # one bar is enough
     trainer = make_trainer(options, config)
     print(_headline(trainer, options.model_name), f"Settings: {source}", _sizes(trainer), sep="\n")
 

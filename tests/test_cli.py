@@ -1,0 +1,277 @@
+"""The command line: every setting is a flag, presets and flags are told apart, and mistakes get one sentence."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from grpo_lab import cli
+from grpo_lab.config import PRESETS, GRPOConfig
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--max-steps", "2", "--batch-size", "2", "--gradient-accumulation-steps", "1", "--max-new-tokens", "4"]
+QUICK += ["--warmup-steps", "0", "--logging-steps", "1", "--num-generations", "2"]
+
+
+@pytest.fixture
+def train(model_folder, tmp_path, capsys):
+    """Run `grpo-lab train` on the tiny model: (exit status, what it printed, its complaint)."""
+
+    def run(*arguments, model=model_folder, quick=True):
+        output = [] if "--output-dir" in arguments else ["--output-dir", str(tmp_path / "out")]
+        status = cli.main(["train", "--model-name", model, *output, *(QUICK if quick else []), *arguments])
+        captured = capsys.readouterr()
+        complaint = [line for line in captured.err.splitlines() if line.startswith("grpo-lab:")]
+        return status, captured.out, " ".join(complaint)
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("1+1=\n2+2=\n\n3+3=\n")
+    return str(file)
+
+
+def parse(*arguments):
+    return cli.make_config(cli.make_parser().parse_args(["train", *arguments]))
+
+
+# --- flags -----------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_a_flag_with_its_docstring_as_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(GRPOConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert " ".join(GRPOConfig.docs()[field.name].split()[:4]) in text, field.name
+
+
+def test_flags_win_over_the_preset_and_the_start_is_said():
+    config, source = parse("--model-name", "some/model", "--preset", "dapo", "--clip-range-high", "0.5", "--top-k", "0")
+    assert (config.aggregation, config.clip_range_high, config.top_k) == ("token-mean", 0.5, 0)
+    assert "preset dapo" in source
+    assert "clip_range_high=0.5" in source
+
+
+def test_another_model_starts_from_the_seeds_defaults_and_the_pocket_model_from_its_own():
+    assert parse("--model-name", "some/model")[0] == GRPOConfig()
+    assert parse()[0] == GRPOConfig.preset("pocket")
+    config, source = parse("--preset", "dr_grpo")
+    assert config == GRPOConfig(**{**PRESETS["pocket"], **PRESETS["dr_grpo"]})
+    assert "preset pocket + preset dr_grpo" in source
+
+
+def test_flags_without_a_value_and_with_several():
+    config, _ = parse(
+        "--use-wandb", "--gradient-checkpointing", "--reward-weights", "1", "2.5", "--report-to", "tensorboard"
+    )
+    assert config.use_wandb
+    assert config.gradient_checkpointing
+    assert config.reward_weights == (1.0, 2.5)
+    assert config.trackers == ("wandb", "tensorboard")
+    assert not parse("--no-disable-dropout")[0].disable_dropout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["grpo_lab/train_grpo.py"], ["-m", "grpo_lab.train_grpo"], ["-m", "grpo_lab.cli", "train"]],
+    ids=["file", "module", "cli"],
+)
+def test_three_ways_to_start_it(command):
+    result = subprocess.run([sys.executable, *command, "--batch-size", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "grpo-lab: batch_size must be at least 1, got 0.\n"
+
+
+# --- a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_does_and_writes_the_tree(train, prompts, tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text("def short(prompts, completions):\n    return [-len(c) / 4 for c in completions]\n")
+    status, out, _ = train("--dataset", prompts, "--reward", f"{reward}:short", "--save-steps", "1")
+    assert status == 0
+    assert "3 prompts · 2 optimizer steps of 2 prompts × 2 completions = 4" in out
+    assert "the defaults of GRPOConfig; changed: " in out
+    assert out.count("→") == 6  # three completions before, three after
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        "checkpoint-1", "checkpoint-2", "final_model", "metrics.jsonl", "completions.jsonl", "training.png",
+    }  # fmt: skip
+
+
+def test_without_reward_and_dataset_the_policy_judges_itself_with_a_warning(train):
+    with pytest.warns(UserWarning, match="demonstration"):
+        status, out, complaint = train("--kl-coef", "0")
+    assert (status, complaint) == (0, "")
+    assert "using a few example prompts" in out
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.parquet"])
+def test_dataset_files_of_every_kind_with_answers(train, tmp_path, name):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"question": ["2+2=", "3+3="], "answer": ["4", "6"]})
+    write = {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[name.split(".")[1]]
+    write(str(tmp_path / name))
+    file = str(tmp_path / name)
+    arguments = ["--dataset", file, "--prompt-column", "question", "--eval-dataset", file]
+    status, out, complaint = train(*arguments, "--reward", "exact_answer", "--reward", r"format:\d+")
+    assert (status, complaint) == (0, "")
+    assert "right, greedy" in out
+    row = json.loads((tmp_path / "out/completions.jsonl").read_text().splitlines()[0])
+    assert set(row["rewards"]) == {"exact_answer", "format_reward"}
+
+
+def test_max_train_samples_takes_the_first_prompts(train, prompts):
+    assert "1 prompts" in train("--dataset", prompts, "--max-train-samples", "1", "--reward", "format:.")[1]
+
+
+def test_a_reward_model_from_a_folder(train, prompts, tmp_path, tokenizer):
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    status, _, complaint = train("--dataset", prompts, "--reward-model", str(tmp_path / "judge"))
+    assert (status, complaint) == (0, "")
+
+
+def test_resume_goes_on_and_the_result_loads(train, prompts, tmp_path):
+    common = ["--dataset", prompts, "--reward", "format:1.*", "--save-steps", "1"]
+    assert train(*common)[0] == 0
+    (tmp_path / "out" / "checkpoint-2" / "training_state.pt").unlink()  # as if the run had stopped before it
+    status, _, complaint = train(*common, "--resume")
+    assert (status, complaint) == (0, "")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out/final_model")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-generations", "1"], "num_generations_per_prompt must be at least 2, got 1"),
+        (["--learning-rate", "nan"], "learning_rate must be greater than 0"),
+        (["--learning-rate", "-1"], "learning_rate must be greater than 0"),
+        (["--temperature", "0"], "temperature must be greater than 0"),
+        (["--top-p", "1.5"], "top_p must be greater than 0 and at most 1, got 1.5"),
+        (["--device", "tpu"], "device must be auto, cuda, cpu or mps, got 'tpu'"),
+        (["--precision", "fp16", "--device", "cpu"], "precision fp16 needs CUDA"),
+        (["--dataset", "missing.txt"], "there is no file missing.txt"),
+        (["--reward", "nonsense"], "there is no reward 'nonsense'. Use countdown"),
+        (["--reward", "format:("], "is not a regular expression"),
+        (["--reward", "missing.py:f"], "there is no file missing.py"),
+        (["--reward-model", "./nowhere"], "there is no folder ./nowhere"),
+        (["--model-name", "./nowhere"], "there is no folder ./nowhere"),
+        (["--resume"], "there is no checkpoint to resume from"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_gets_one_sentence_and_status_2(train, arguments, message):
+    status, _, complaint = train("--reward", "format:.", *arguments)
+    assert status == 2
+    assert message in complaint
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "many"], ["--preset", "magic"], ["--no-such-flag"]], ids=str)
+def test_what_argparse_refuses_has_status_2_too(train, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(*arguments)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_no_cuda_is_said_plainly(train):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    status, _, complaint = train("--device", "cuda")
+    assert status == 2
+    assert "there is no cuda device here" in complaint
+    assert "Use --device auto" in complaint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a"}\n{"prompt": \n', "could not read"),
+        ('{"text": "a"}\n', "no column 'prompt', only text"),
+    ],
+    ids=["empty", "broken", "column"],
+)
+def test_a_bad_dataset_file_is_named(train, tmp_path, content, message):
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    status, _, complaint = train("--dataset", str(file))
+    assert status == 2
+    assert message in complaint
+    assert "data.jsonl" in complaint
+
+
+def test_an_occupied_output_folder_is_not_touched(train, prompts, tmp_path):
+    common = ["--dataset", prompts, "--reward", "format:1.*"]
+    assert train(*common)[0] == 0
+    before = (tmp_path / "out/metrics.jsonl").read_bytes()
+    status, _, complaint = train(*common)
+    assert status == 2
+    assert all(flag in complaint for flag in ("--resume", "--overwrite-output-dir", "--output-dir"))
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == before
+    assert train(*common, "--overwrite-output-dir")[0] == 0
+
+
+def test_an_unwritable_output_folder_is_said(train, prompts, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, _, complaint = train(
+        "--dataset", prompts, "--reward", "format:.", "--output-dir", str(tmp_path / "file" / "out")
+    )
+    assert status == 2
+    assert "cannot write to" in complaint
+
+
+def test_a_damaged_checkpoint_is_named(train, prompts, tmp_path):
+    common = ["--dataset", prompts, "--reward", "format:1.*", "--save-steps", "1"]
+    assert train(*common)[0] == 0
+    (tmp_path / "out/checkpoint-2/training_state.pt").write_bytes(b"damaged")
+    status, _, complaint = train(*common, "--resume")
+    assert status == 2
+    assert "checkpoint-2 cannot be read" in complaint
+
+
+def test_a_reward_function_that_raises_is_named_and_the_traceback_is_one_flag_away(train, prompts, tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text("def bad(prompts, completions):\n    return [1 / 0 for c in completions]\n")
+    arguments = ["--dataset", prompts, "--reward", f"{reward}:bad", "--overwrite-output-dir"]
+    status, _, complaint = train(*arguments)
+    assert status == 2
+    assert "the reward function 'bad' raised ZeroDivisionError" in complaint
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        train(*arguments, "--debug")
+
+
+# --- threads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("100000 100000", 1), ("250000 100000", 2), ("50000 100000", 1)]
+)
+def test_threads_follow_the_containers_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda *_: quota + "\n")
+    assert cli.available_cores() == cores

@@ -1,0 +1,239 @@
+"""The loss: gradients in every region of the clip, against a plain loop, and by what must not change it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grpo_lab.losses import aggregate, cispo_surrogate, clipped_surrogate, grpo_loss, importance_ratio
+
+HOW = ["sequence-mean", "token-mean", "constant"]
+IMPORTANCE = ["token", "sequence"]
+SURROGATES = ["clip", "cispo"]
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+
+
+def make(seed=0, mask=MASK, dtype=torch.float64):
+    """Log-probabilities under the policy, the old policy and the reference, and advantages of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(mask.shape, generator=generator, dtype=dtype)
+    moved, ref = (old + 0.4 * torch.randn(mask.shape, generator=generator, dtype=dtype) for _ in range(2))
+    advantages = torch.randn(len(mask), generator=generator, dtype=dtype)
+    return moved.requires_grad_(), old, ref, advantages
+
+
+def loss_by_loop(logprobs, old, ref, advantages, mask, *, beta, estimator, low, high, importance, surrogate, how):
+    """The definition in Python floats, one token at a time; constant = 6."""
+    rows = []
+    for lp, lo, lr, A, m in zip(*(x.tolist() for x in (logprobs, old, ref, advantages, mask)), strict=True):
+        real = [t for t, on in enumerate(m) if on]
+        row = []
+        for t in real:
+            over = [t] if importance == "token" else real
+            c = math.exp(sum(lp[u] - lo[u] for u in over) / len(over))
+            a = A[t] if isinstance(A, list) else A
+            if surrogate == "clip":
+                gain = min(c * a, min(max(c, 1 - low), 1 + high) * a)
+            else:
+                gain = min(c, 1 + high) * a * lp[t]
+            d = lp[t] - lr[t]
+            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+            row.append(-gain + beta * kl)
+        rows.append(row)
+    if how == "sequence-mean":
+        return sum(sum(row) / max(len(row), 1) for row in rows) / len(rows)
+    everything = sum(map(sum, rows))
+    return everything / sum(map(len, rows)) if how == "token-mean" else everything / (len(rows) * 6)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["A[B]", "A[B,T]"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("importance", IMPORTANCE)
+def test_the_loss_equals_a_plain_loop(importance, surrogate, how, per_token):
+    logprobs, old, ref, advantages = make()
+    if per_token:
+        advantages = advantages[:, None] * torch.tensor([1.0, 0.5, -2.0, 3.0], dtype=torch.float64)
+    options = {"importance": importance, "surrogate": surrogate}
+    for estimator in ("k1", "k2", "k3"):
+        loss = grpo_loss(
+            logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.3, kl_estimator=estimator,
+            clip_range=0.1, clip_range_high=0.25, aggregation=how, constant=6, **options,
+        ).loss  # fmt: skip
+        expected = loss_by_loop(
+            logprobs, old, ref, advantages, MASK, beta=0.3, estimator=estimator, low=0.1, high=0.25, how=how, **options
+        )
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("high", [None, 0.5])
+@pytest.mark.parametrize("ratio", [0.7, 0.9, 1.0, 1.1, 1.3, 1.6])
+@pytest.mark.parametrize("A", [2.0, -2.0])
+def test_the_clip_stops_only_what_has_gone_far_enough(A, ratio, high, importance):
+    logprobs = torch.tensor([[ratio]]).log().requires_grad_()
+    mask, old = torch.tensor([[True]]), torch.zeros(1, 1)
+    options = {"clip_range_high": high, "importance": importance}  # clip_range is 0.2 unless told
+    value = clipped_surrogate(logprobs, old, torch.tensor([A]), mask, **options)
+    value.sum().backward()
+    top = 1.2 if high is None else 1.5
+    stopped = ratio > top if A > 0 else ratio < 0.8
+    assert logprobs.grad.item() == pytest.approx(0.0 if stopped else ratio * A)  # d(c A) / d log pi = c A
+    assert value.item() == pytest.approx(A * ((top if A > 0 else 0.8) if stopped else ratio))
+    terms = grpo_loss(logprobs, old, torch.tensor([A]), mask, **options)
+    assert terms.clipped_high.item() == (stopped and A > 0)
+    assert terms.clipped_low.item() == (stopped and A < 0)
+    assert terms.ratio.item() == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("A", [2.0, -2.0])
+@pytest.mark.parametrize(("ratio", "weight"), [(0.1, 0.1), (1.0, 1.0), (1.2, 1.2), (5.0, 1.3)])
+def test_cispo_caps_the_weight_and_leaves_every_token_a_gradient(A, ratio, weight):
+    logprobs, mask = torch.tensor([[-0.5]], requires_grad=True), torch.tensor([[True]])
+    old = logprobs.detach() - math.log(ratio)
+    value = cispo_surrogate(logprobs, old, torch.tensor([A]), mask, clip_range_high=0.3)
+    value.sum().backward()
+    assert value.item() == pytest.approx(weight * A * -0.5)
+    assert logprobs.grad.item() == pytest.approx(weight * A)
+    terms = grpo_loss(logprobs, old, torch.tensor([A]), mask, clip_range_high=0.3, surrogate="cispo")
+    assert (terms.clipped_low.item(), terms.clipped_high.item()) == (False, ratio > 1.3)
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_over_the_completion():
+    mask = torch.tensor([[True, True, True, False], [False] * 4])
+    logprobs = torch.tensor([[0.1, 0.5, -0.3, 99.0], [9.0] * 4], requires_grad=True)
+    ratio = importance_ratio(logprobs, torch.zeros(2, 4), mask, "sequence")
+    assert_close(ratio, torch.tensor([[math.exp(0.1)], [1.0]]))  # (0.1 + 0.5 - 0.3) / 3; an empty row has not moved
+    ratio.sum().backward()
+    assert_close(logprobs.grad[0], torch.tensor([1.0, 1.0, 1.0, 0.0]) * math.exp(0.1) / 3)
+    assert importance_ratio(logprobs, torch.zeros(2, 4), mask)[~mask].eq(1).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("old", ["none", "equal"])
+def test_at_ratio_one_the_gradient_is_that_of_reinforce(old, importance, surrogate, how):
+    logprobs, _, _, advantages = make()
+    before = None if old == "none" else logprobs.detach().clone()
+    terms = grpo_loss(
+        logprobs, before, advantages, MASK, importance=importance, surrogate=surrogate, aggregation=how, constant=8
+    )  # fmt: skip
+    terms.loss.backward()
+    lengths = MASK.sum(1, keepdim=True).clamp(min=1)  # 4, 2, 1, 3, (0): 10 tokens, 5 completions
+    share = {"sequence-mean": 1 / (5 * lengths), "token-mean": 1 / 10, "constant": 1 / (5 * 8)}[how]
+    assert_close(logprobs.grad, -advantages[:, None] * MASK * share)
+    assert (terms.ratio == 1).all()
+    assert not (terms.clipped_low | terms.clipped_high).any()
+
+
+def test_how_much_each_completion_weighs():
+    values = torch.ones(2, 4, requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True, False, False, False]])
+    shares = {}
+    for how in HOW:
+        (grad,) = torch.autograd.grad(aggregate(values, mask, how, constant=8), values)
+        shares[how] = grad.sum(1).tolist()
+        assert grad[~mask].eq(0).all()
+    assert shares == {
+        "sequence-mean": [0.5, 0.5],  # each completion the same, so each token of the long one a quarter
+        "token-mean": pytest.approx([0.8, 0.2]),  # each of 5 tokens the same
+        "constant": [0.25, 0.0625],  # 4 / (2 * 8) and 1 / (2 * 8): the other's length plays no part
+    }
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_an_empty_row_counts_as_zero_and_an_empty_batch_gives_zero(how):
+    ones = torch.full((2, 3), 6.0)
+    mask = torch.tensor([[True, True, True], [False] * 3])
+    # one full row of two: its mean 6, halved; 3 tokens of 6; 18 / (2 * 3)
+    expected = {"sequence-mean": 3.0, "token-mean": 6.0, "constant": 3.0}[how]
+    assert aggregate(ones, mask, how, constant=3).item() == expected
+    assert aggregate(ones * torch.nan, mask & False, how, constant=3).item() == 0.0
+    assert aggregate(ones[:0], mask[:0], how, constant=3).item() == 0.0
+
+
+@given(cut=st.integers(1, 4), seed=st.integers(0, 99), importance=st.sampled_from(IMPORTANCE), how=st.sampled_from(HOW))
+@settings(deadline=None, max_examples=40)
+def test_micro_batches_add_up_to_the_whole_and_rows_may_change_places(cut, seed, importance, how):
+    logprobs, old, ref, advantages = make(seed)
+
+    def loss_and_gradient(rows, total):
+        loss = grpo_loss(
+            logprobs[rows], old[rows], advantages[rows], MASK[rows], ref_logprobs=ref[rows], kl_coef=0.1,
+            importance=importance, aggregation=how, constant=8, total=total,
+        ).loss  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    total = 10 if how == "token-mean" else 5  # tokens, or completions
+    whole, shuffled = loss_and_gradient(slice(None), None), loss_and_gradient(order, None)
+    parts = [loss_and_gradient(rows, total) for rows in (order[:cut], order[cut:])]
+    for expected, one, two, again in zip(whole, *parts, shuffled, strict=True):
+        assert_close(one + two, expected)
+        assert_close(again, expected)
+    as_tensor = loss_and_gradient(order[:cut], torch.tensor(total))  # as it arrives from a sum over processes
+    assert_close(as_tensor, parts[0])
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf, -1e4])
+def test_padding_cannot_leak(rubbish, importance, surrogate):
+    results = []
+    for fill in (0.0, rubbish):
+        logprobs, old, ref, advantages = make()
+        dirty = logprobs.detach().masked_fill(~MASK, fill).requires_grad_()
+        terms = grpo_loss(
+            dirty, old.masked_fill(~MASK, -fill), advantages, MASK, ref_logprobs=ref.masked_fill(~MASK, 2 * fill),
+            kl_coef=0.1, importance=importance, surrogate=surrogate, aggregation="token-mean",
+        )  # fmt: skip
+        terms.loss.backward()
+        assert dirty.grad[~MASK].eq(0).all()
+        results.append((terms.loss, dirty.grad, terms.kl, terms.ratio, terms.clipped_low, terms.clipped_high))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_the_kl_term_pulls_towards_the_reference_and_beta_scales_its_gradient():
+    logprobs, old, ref, advantages = make()
+
+    def gradient(**options):
+        return torch.autograd.grad(grpo_loss(logprobs, old, advantages, MASK, **options).loss, logprobs)[0]
+
+    without = gradient()
+    pull, double = (gradient(ref_logprobs=ref, kl_coef=beta) - without for beta in (0.1, 0.2))
+    assert_close(double, 2 * pull)
+    assert (pull.sign() == (logprobs - ref).sign() * MASK).all()  # descending brings log pi nearer to log ref
+    assert torch.equal(gradient(ref_logprobs=ref, kl_coef=0.0), without)  # beta = 0: watched, not felt
+
+
+def test_only_the_loss_carries_gradient():
+    logprobs, old, ref, advantages = make()
+    old.requires_grad_(), ref.requires_grad_()
+    terms = grpo_loss(logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.1)
+    terms.loss.backward()
+    assert old.grad is None
+    assert ref.grad is None
+    assert not any(t.requires_grad for t in (terms.kl, terms.ratio, terms.clipped_low, terms.clipped_high))
+    assert terms.kl[~MASK].eq(0).all()
+    assert grpo_loss(logprobs, old, advantages, MASK).kl is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_coef": 0.1}, r"kl_coef is 0.1, so ref_logprobs is needed.*kl_coef=0"),
+        ({"aggregation": "constant"}, r"needs its constant, in tokens: usually max_new_tokens"),
+        ({"aggregation": "mean"}, r'"sequence-mean", "token-mean" or "constant", got \'mean\''),
+        ({"importance": "word"}, r'"token" or "sequence", got \'word\''),
+        ({"surrogate": "ppo"}, r'"clip" or "cispo", got \'ppo\''),
+    ],
+)
+def test_an_error_says_what_came_and_the_cure(options, message):
+    logprobs, old, _, advantages = make()
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(logprobs, old, advantages, MASK, **options)

@@ -1,0 +1,207 @@
+"""Rewards: right, wrong and hostile text. Whatever a model writes costs little time and never runs."""
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_lab.rewards import (
+    BUILT_IN,
+    countdown,
+    evaluate_expression,
+    exact_answer,
+    final_number,
+    matches_format,
+    numeric_answer,
+)
+
+PROMPT = "3,5,7:22="
+HOSTILE = [
+    *["9**9**9", "9**9**9**9**9", "3**5", "3//5", "3%5", "3<<9", "~3", "3@5", "7if 1else 3"],
+    *["(" * 50 + "3" + ")" * 50, "(" * 49 + "3", "(" * 10**6, "(" * 10**6 + "3" + ")" * 10**6, "3)", "()", "((3)("],
+    *["+".join("1" * 10**5), "1" * 10, "9" * 10**6, "1" * 10 + "*3", "3+" * 10**6 + "3"],
+    *["-3+5", "+3", "3-(-5)", "--3", "3*-5", "3+ +5", "3* *5", "3/ /5"],
+    *["3/0", "3/(5-5)", "1/(1/3-1/3)", "0/0"],
+    *["٣+٥", "３+５", "³+1", "3×5", "3−5", "①", "3\u200b+5", "3\x00", "\ud800"],
+    *["03+5", "3_5+7", "0x10", "3.0", "1e9", "3j", "3,5", "3 5", "3(5)", "(3)(5)", "3()"],
+    *["", " ", "\n", "3\n+5", "3;5", "3#5", "3*5+7=22", "=22", "twenty-two"],
+    *["__import__('os').system('true')", "True", "print(22)", "[22]", "22 ", "'22'", "lambda: 22", "(yield)"],
+]
+LONG_TEXT = [
+    *[
+        c * 10**6
+        for c in ("1", "-", "$", ",", ".", "#", "#### ", "1,", "1.", "1,111", ",111", "-$", "1,234,", "٣", " ")
+    ],
+    *[start + ",111" * 10**5 + end for start in ("1", "-$1", "1234") for end in ("", "1", "x", ".")],
+    *["#### " + "9" * 10**6, "0." + "3" * 10**6, "\ud800" * 10**6],
+]
+
+
+def seconds(function, *args):
+    """Processor time, which other work on the machine does not change."""
+    start = time.process_time()
+    function(*args)
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize(
+    "text", ["3*5+7", "7+5*3", " 3 * 5 + 7 ", "((3)*(5))+7", "7+3*5\n", "(" * 40 + "3*5+7" + ")" * 40]
+)
+def test_countdown_pays_for_a_solution_however_it_is_written(text):
+    assert countdown([PROMPT], [text]) == [1.0]
+
+
+@pytest.mark.parametrize("text", ["3+5+7", "22", "3*5", "3*5+7+7-7", "3*5+7*1", "35-13", "15+7", "(3+5)*7", "7+15"])
+def test_countdown_pays_nothing_for_a_wrong_number_of_numbers_or_a_wrong_value(text):
+    assert countdown([PROMPT], [text]) == [0.0]
+
+
+def test_countdown_is_exact_and_counts_a_number_as_often_as_the_prompt_does():
+    assert countdown(["1,3,3:1="], ["1/3*3"]) == [1.0]  # in floats, some such sums miss by 1e-16
+    assert countdown(["1,3,49,49:3="] * 2, ["1/49*49*3", "1/49*49*3+3-3"]) == [1.0, 0.0]
+    assert countdown(["5,5,7:17="] * 3, ["5+5+7", "5+12", "7+5+5"]) == [1.0, 0.0, 1.0]
+    assert countdown(["2,3:0="], ["2/3"]) == [0.0]  # not rounded down
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
+def test_hostile_text_scores_nothing_at_once(text):
+    assert countdown([PROMPT], [text]) == [0.0]
+    assert text.strip() == "22" or evaluate_expression(text) is None
+    assert seconds(evaluate_expression, text) < 0.2
+
+
+@pytest.mark.parametrize("prompt", ["3,5,7=22", "3,5,7:22", "what is 3*5+7?", "", "3,,5:8=", "-3,5:2="])
+def test_a_prompt_that_is_no_countdown_is_an_error_that_shows_one(prompt):
+    with pytest.raises(ValueError, match='looks like "3,5,7:22=", got'):
+        countdown([prompt], ["3"])
+
+
+def combine(parts):
+    (left, a, used_left), operator, (right, b, used_right) = parts
+    if operator == "/" and b == 0:
+        operator = "+"
+    value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[operator]()
+    return f"({left} {operator}{right})", value, used_left + used_right
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(0, 999).map(lambda n: (str(n), Fraction(n), [n])),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(combine),
+    max_leaves=6,
+)
+
+
+@given(EXPRESSIONS)
+@settings(deadline=None, max_examples=50)
+def test_an_expression_has_its_exact_value_and_lists_its_numbers(expression):
+    text, value, used = expression
+    assert evaluate_expression(text) == (value, sorted(used))
+
+
+@given(st.text("0123456789+-*/() .e_x,=", max_size=40) | st.text(max_size=40))
+@settings(deadline=None, max_examples=50)
+def test_no_text_at_all_raises(text):
+    assert countdown([PROMPT], [text])[0] in (0.0, 1.0)
+    assert numeric_answer(["?"], [text], answer=[7])[0] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so it is 7", "7"),
+        ("7 or 8", "8"),  # the last one
+        ("-7", "-7"),
+        ("x = -7.", "-7"),
+        ("\u22127", "-7"),  # the typographer's minus
+        ("(-7)", "-7"),
+        ("5-3", "3"),  # an operator, not a sign
+        ("12 - 5", "5"),
+        ("(2+5)-3", "3"),
+        ("x-3", "3"),
+        ("2*-3", "-3"),
+        ("1,200", "1200"),
+        ("1,234,567.50", "1234567.5"),
+        ("1, 2, 30", "30"),  # a list, not thousands
+        ("0.5", "1/2"),
+        (".5", "1/2"),
+        ("-.5", "-1/2"),
+        ("it is.5", "5"),  # a full stop
+        ("5.", "5"),
+        ("$7", "7"),
+        ("-$1,000.25", "-1000.25"),
+        ("$-7", "-7"),
+        ("50%", "50"),
+        ("**7** apples", "7"),
+        (r"\boxed{-7}", "-7"),
+        ("007", "7"),
+        ("1 #### 7 apples, of 9", "7"),  # the first after the mark
+        ("#### 7\n#### 8", "8"),  # the last mark
+        ("####-7", "-7"),
+        ("7 ####", None),  # nothing after it: no answer
+        ("no number", None),
+        ("", None),
+        ("1" + "0" * 40, str(10**40)),  # whole, not its last digits
+        ("0." + "3" * 40, "0." + "3" * 40),
+        ("9" * 200, None),  # no answer has 200 digits
+    ],
+    ids=lambda value: ascii(value[:20]) if value else "none",
+)
+def test_the_final_number_of_a_text(text, number):
+    assert final_number(text) == (None if number is None else Fraction(number))
+
+
+def test_a_numeric_answer_compares_values_not_spellings():
+    completions = ["1200", "1,200.00", "$1200 ", "-1200", "1200.001", "none", "#### 1,200"]
+    assert numeric_answer(["?"] * 7, completions, answer=["1,200"] * 7) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert numeric_answer(["?"] * 3, ["0.1", "-3", "4"], answer=[0.1, -3, "2+2=4 #### 4"]) == [1.0, 1.0, 1.0]
+
+
+def test_no_digits_are_lost_and_none_are_invented():
+    long = "1" + "0" * 34 + "7"
+    assert numeric_answer(["?"] * 2, [long, "0." + "0" * 40 + "7"], answer=[7, 7]) == [0.0, 0.0]
+    assert numeric_answer(["?"] * 2, [long, "100000000000000000000000000000000000"], answer=[long] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", LONG_TEXT, ids=lambda text: ascii(text[:8]))
+def test_no_text_takes_long_to_search(text):
+    assert seconds(final_number, text) < 0.3
+    assert seconds(exact_answer, ["?"], [text], ["7"]) < 0.3
+
+
+@given(
+    st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "so {:,}.", "#### {} and 3", "(9) it is {:,}.00"])
+)
+@settings(deadline=None, max_examples=50)
+def test_every_integer_is_read_back(n, form):
+    assert final_number(form.format(n)) == n
+
+
+def test_an_answer_column_without_numbers_is_an_error():
+    with pytest.raises(ValueError, match="answer column must hold numbers, got 'seven'"):
+        numeric_answer(["?"], ["7"], answer=["seven"])
+
+
+def test_an_exact_answer_ignores_only_the_spaces_at_its_ends():
+    completions = ["4", " 4\n", "4.0", "44", "", "4 4"]
+    assert exact_answer(["?"] * 6, completions, answer=[4, "4 ", "4", "4", "4", "4"]) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_format_must_match_the_whole_text_across_lines():
+    reward = matches_format(r"<think>.*</think>\s*<answer>\d+</answer>")
+    good = "<think>a\nb</think>\n<answer>4</answer>"
+    completions = [good, f" {good}\n", f"so: {good}", f"{good}!", good.replace("4", "x"), ""]
+    assert reward(["?"] * 6, completions, answer=["4"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: .*position 0"):
+        matches_format("(")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_rewards_take_any_columns_and_refuse_lists_of_different_lengths(name):
+    columns = {"answer": ["22", "7"], "difficulty": ["easy", "hard"]}
+    assert BUILT_IN[name]([PROMPT, "3,5,7:7="], ["22", "8"], **columns) == (
+        [0.0, 0.0] if name == "countdown" else [1.0, 0.0]
+    )
+    with pytest.raises(ValueError, match="argument 2 is"):
+        BUILT_IN[name]([PROMPT], ["22", "8"], answer=["22"])

@@ -1,0 +1,157 @@
+"""Scoring: what one padded batch says about completions is what the model says word by word."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from grpo_lab import scoring
+from grpo_lab.sampling import left_pad
+from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
+
+PROMPTS = [[5], [6, 7, 8], [9, 3, 4, 5, 6, 7, 8]]
+COMPLETIONS = [[7, 3, 9, 4, 1], [4, 1], [1]]  # 1 ends; the padding after it is 1 as well in one of the tests
+T = 5
+
+
+def batch(pad: int = 0):
+    """Rows of [left-padded prompt | right-padded completion], as the sampler makes them."""
+    input_ids, mask = left_pad(PROMPTS, pad)
+    tails = torch.tensor([c + [pad] * (T - len(c)) for c in COMPLETIONS])
+    real = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in COMPLETIONS])
+    return torch.cat([input_ids, tails], 1), torch.cat([mask, real], 1)
+
+
+@torch.no_grad()
+def step_by_step(model, prompt, completion, temperature=1.0):
+    """The specification: a growing input without padding, and its last position's distribution each time."""
+    logprobs = []
+    for t, token in enumerate(completion):
+        logits = model(torch.tensor([prompt + completion[:t]])).logits[0, -1].double() / temperature
+        logprobs.append((logits[token] - logits.logsumexp(0)).item())
+    return logprobs
+
+
+@pytest.mark.parametrize("pad", [0, 1], ids=["pad", "pad == end"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_padded_batch_equals_decoding_step_by_step(any_model, pad, temperature):
+    input_ids, mask = batch(pad)
+    with torch.no_grad():
+        scores = completion_scores(any_model, input_ids, mask, T, temperature=temperature)
+    assert scores.logprobs.isfinite().all()
+    for row, prompt, completion in zip(scores.logprobs, PROMPTS, COMPLETIONS, strict=True):
+        expected = step_by_step(any_model, prompt, completion, temperature)
+        assert row[: len(completion)].tolist() == pytest.approx(expected, abs=2e-5)
+        assert row[: len(completion)].sum().item() == pytest.approx(math.fsum(expected), abs=5e-5)
+
+
+def test_what_stands_at_padding_cannot_leak(any_model):
+    input_ids, mask = batch()
+    noise = torch.randint(2, 22, input_ids.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        clean = completion_logprobs(any_model, input_ids, mask, T)
+        noisy = completion_logprobs(any_model, torch.where(mask == 1, input_ids, noise), mask, T)
+    real = mask[:, -T:] == 1
+    assert torch.allclose(clean[real], noisy[real], atol=2e-5)
+
+
+class Bigram(nn.Module):
+    """Predicts the next token from the last one alone, and takes no keyword that a plain model need not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.log(torch.tensor([[0.2, 0.8, 0.0], [0.5, 0.25, 0.25], [0.1, 0.3, 0.6]])))
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_numbers_by_hand_and_the_shift_by_one():
+    # prompt 0, completion 1 2 2: p(1|0) = 0.8, p(2|1) = 0.25, p(2|2) = 0.6.
+    # Not shifted it would be p(1|1) = 0.25 ...; shifted by two, 0.8 would be missing.
+    scores = completion_scores(Bigram(), torch.tensor([[0, 1, 2, 2]]), torch.ones(1, 4), 3)
+    assert scores.logprobs.exp().squeeze().tolist() == pytest.approx([0.8, 0.25, 0.6])
+    # what stands before each token: the rows 0, 1 and 2 of the table; -(0.2 ln 0.2 + 0.8 ln 0.8) = 0.5004 ...
+    assert scores.entropies.squeeze().tolist() == pytest.approx([0.5004, 1.0397, 0.8979], abs=1e-4)
+    # among the kept 0 and 1, p(1|0) stays 0.8 / (0.2 + 0.8); among 1 and 2, p(2|1) = 0.5; alone, 1
+    kept = torch.tensor([[[1, 0], [2, 1], [2, -1]]])
+    truncated = completion_logprobs(Bigram(), torch.tensor([[0, 1, 2, 2]]), torch.ones(1, 4), 3, kept=kept)
+    assert truncated.exp().squeeze().tolist() == pytest.approx([0.8, 0.5, 1.0])
+
+
+def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(model):
+    input_ids, mask = batch()
+    with torch.no_grad():
+        scores = completion_scores(model, input_ids, mask, T, temperature=0.7)
+        logits = model(input_ids, attention_mask=mask).logits[2] / 0.7  # the longest prompt: no padding on the left
+    for t in range(len(COMPLETIONS[2])):
+        probs = logits[len(PROMPTS[2]) - 1 + t].softmax(0).tolist()
+        assert scores.entropies[2, t].item() == pytest.approx(-sum(p * math.log(p) for p in probs), abs=1e-5)
+
+
+def test_gradient_flows_through_log_probabilities_and_not_through_entropies(model):
+    scores = completion_scores(model, *batch(), T)
+    assert scores.logprobs.requires_grad
+    assert not scores.entropies.requires_grad
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize(("elements", "rows"), [(1, [1, 1, 1]), (2 * T * 22, [2, 1]), (3 * T * 22, [3])])
+def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, rows, truncated):
+    input_ids, mask = batch()
+    kept = torch.stack([input_ids[:, -T:], input_ids[:, -T:] + 1], -1) if truncated else None
+    seen, original = [], scoring.token_logprobs
+
+    def spy(logits, *args, **settings):
+        seen.append(len(logits))
+        return original(logits, *args, **settings)
+
+    def run():
+        model = tiny_model()
+        scores = completion_scores(model, input_ids, mask, T, temperature=0.7, kept=kept)
+        forward = list(seen)
+        (scores.logprobs * torch.arange(1.0, T + 1)).sum().backward()
+        return forward, scores, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    _, whole, gradient = run()
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(scoring, "token_logprobs", spy)
+    forward, chunked, chunked_gradient = run()
+    assert forward == rows  # so many rows at a time, in order
+    assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
+    assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
+    assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 12, 13])
+def test_a_completion_needs_a_token_and_something_before_it(model, num_tokens):
+    with pytest.raises(ValueError, match=f"at least one column of prompt: got {num_tokens} of 12 columns"):
+        completion_logprobs(model, *batch(), num_tokens)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_turns_dropout_off_and_restores_the_mode_even_after_an_error(training):
+    net = nn.Sequential(nn.Dropout(0.9)).train(training)
+    with evaluating(net):
+        assert torch.equal(net(torch.ones(100)), torch.ones(100))
+    assert net.training == net[0].training == training
+    with pytest.raises(KeyError), evaluating(net):
+        raise KeyError
+    assert net.training == net[0].training == training
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+def test_wrappers_do_not_hide_what_a_model_takes(model):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    distributed = nn.Module()  # DistributedDataParallel keeps the model as .module and takes anything
+    distributed.module = model
+    for outer in (model, wrapped, distributed):
+        assert scoring.accepts(outer, "position_ids")
+        assert not scoring.accepts(outer, "position")
+    assert scoring.position_ids(Bigram(), torch.ones(1, 4)) == {}
+    assert scoring.position_ids(model, torch.tensor([[0, 0, 1, 1, 1]]))["position_ids"].tolist() == [[0, 0, 0, 1, 2]]
