@@ -159,30 +159,37 @@ EXAMPLE_PROMPTS = (
 """What the command line trains on if it is given a model and no dataset."""
 
 
-# --- Countdown: three numbers from 1 to 9 and a target from 0 to 99; prompt "3,5,7:22=", answer "3*5+7" -----
+# --- Countdown: three numbers from 2 to 9 and a target from 0 to 99; prompt "3,5,7:22=", answer "5*3+7" -----
 
 HELD_OUT_PERCENT = 17
 
 
 def countdown_dataset(size: int, *, split: str = "train", seed: int = 0) -> SimplePromptDataset:
-    """Solvable Countdown prompts, drawn at random; reward them with `grpo_lab.rewards.countdown`.
+    """Solvable Countdown prompts, all different; reward them with `grpo_lab.rewards.countdown`.
 
-    Whether a problem (numbers in any order, and target) belongs to "train" or "held-out" depends on
-    nothing but the problem, so no held-out problem ever occurs in training under any seed.
+    Whether a problem (target, and numbers in any order) belongs to "train" or "held-out" depends on
+    nothing but the problem, so no held-out problem ever occurs in training, under any seed.
+
+    Raises: ValueError if the split has fewer than `size` prompts.
 
     >>> countdown_dataset(2, seed=1)[0]
-    {'prompt': '2,5,7:19='}
+    {'prompt': '4,8,4:36='}
     """
-    problems = countdown_problems(split)
-    random = Random(f"{seed}/{split}")
-    prompts = []
-    for numbers, target in random.choices(problems, k=size):
-        prompts.append(countdown_prompt(random.sample(numbers, 3), target))
-    return SimplePromptDataset(prompts)
+    prompts = [
+        countdown_prompt(order, target)
+        for numbers, target in countdown_problems(split)
+        for order in sorted(set(permutations(numbers)))
+    ]
+    if size > len(prompts):
+        raise ValueError(
+            f"there are only {len(prompts)} Countdown prompts in the split {split!r}, {size} were asked for."
+        )
+    return SimplePromptDataset(Random(f"{seed}/{split}").sample(prompts, size))
 
 
 def countdown_prompt(numbers: Sequence[int], target: int) -> str:
-    """
+    """What the model is asked.
+
     >>> countdown_prompt([3, 5, 7], 22)
     '3,5,7:22='
     """
@@ -191,44 +198,41 @@ def countdown_prompt(numbers: Sequence[int], target: int) -> str:
 
 @cache
 def countdown_problems(split: str) -> list[tuple[tuple[int, ...], int]]:
-    """All problems of "train", "held-out" or "all": numbers in ascending order, and a target that can be reached."""
-    problems = [
-        (numbers, target)
-        for numbers in combinations_with_replacement(range(1, 10), 3)
-        for target in sorted(countdown_solutions(numbers))
-    ]
-    if split == "all":
-        return problems
+    """All problems of "train" or "held-out": numbers in ascending order, and a target that can be hit."""
     if split not in ("train", "held-out"):
-        raise ValueError(f'split must be "train", "held-out" or "all", got {split!r}.')
+        raise ValueError(f'split must be "train" or "held-out", got {split!r}.')
 
     def held_out(numbers: tuple[int, ...], target: int) -> bool:
         return zlib.crc32(countdown_prompt(numbers, target).encode()) % 100 < HELD_OUT_PERCENT
 
-    return [problem for problem in problems if held_out(*problem) == (split == "held-out")]
+    return [
+        (numbers, target)
+        for numbers in combinations_with_replacement(range(2, 10), 3)
+        for target in sorted(countdown_expressions(numbers))
+        if 0 <= target <= 99 and held_out(numbers, target) == (split == "held-out")
+    ]
 
 
 @cache
-def countdown_solutions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
-    """Target -> tidy expressions in + - * that use the three numbers once each and hit it.
+def countdown_expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
+    """Value -> expressions of four tidy forms that use the three numbers once each: a+b+c, a+b-c, a*b+c, a*b*c.
 
-    Tidy: what commutes is written once, the larger number first and a product before a sum.
+    Tidy: what commutes is written once, the larger number first. Few forms and no 1 (multiplying by 1
+    and adding 0 look alike) make a task that a model of half a million weights can master.
 
-    >>> countdown_solutions((3, 5, 7))[22]
-    ['5*3+7']
+    >>> countdown_expressions((3, 5, 7))
+    {22: ['5*3+7'], 1: ['5+3-7'], 26: ['7*3+5'], 5: ['7+3-5'],
+     38: ['7*5+3'], 9: ['7+5-3'], 15: ['7+5+3'], 105: ['7*5*3']}
     """
-    found: dict[int, set[str]] = {}
-    for a, b, c in permutations(numbers):
-        if a < b:
-            continue
-        options = {f"{a}*{b}+{c}": a * b + c, f"{a}*{b}-{c}": a * b - c, f"{c}-{a}*{b}": c - a * b}
-        options |= {f"{a}+{b}-{c}": a + b - c, f"{c}-{a}-{b}": c - a - b}
-        if b >= c:
-            options |= {f"{a}+{b}+{c}": a + b + c, f"{a}*{b}*{c}": a * b * c}
-        for expression, value in options.items():
-            if 0 <= value <= 99:
-                found.setdefault(value, set()).add(expression)
-    return {value: sorted(expressions) for value, expressions in found.items()}
+    found: dict[int, list[str]] = {}
+    for a, b, c in sorted(set(permutations(numbers))):
+        if a >= b:
+            found.setdefault(a * b + c, []).append(f"{a}*{b}+{c}")
+            found.setdefault(a + b - c, []).append(f"{a}+{b}-{c}")
+        if a >= b >= c:
+            found.setdefault(a + b + c, []).append(f"{a}+{b}+{c}")
+            found.setdefault(a * b * c, []).append(f"{a}*{b}*{c}")
+    return found
 
 
 # --- Order ---------------------------------------------------------------------------------------------
