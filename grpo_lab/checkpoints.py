@@ -109,8 +109,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _damaged(folder: Path, error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
     return (
-        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {first_line[:200]}). "
         "Remove it, and the one before it is used."
     )
 

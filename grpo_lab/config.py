@@ -298,10 +298,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "baseline": "none", "scale_rewards": "none", "kl_coef": 0.0,
         "aggregation": "constant", "aggregation_constant": 1.0,
     },
-    # For the embedded pocket model: found by benchmarks/learning.py
+    # The default run on the embedded pocket model, found by benchmarks/learning.py
     "pocket": {
         "num_generations_per_prompt": 8, "max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "learning_rate": 3e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 80, "warmup_steps": 5,
+        "learning_rate": 6e-4, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100, "warmup_steps": 5,
         "kl_coef": 0.02, "logging_steps": 1,
     },
 }  # fmt: skip

@@ -125,7 +125,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figure":
     """Reward, KL, entropy and length against the step, from the rows of metrics.jsonl.
 
-    Made without pyplot, so that nothing is shown or kept open; `figure.savefig(path)` writes it.
+    Faint: each row; strong: the mean of it and its neighbours. Made without pyplot, so that nothing is shown
+    or kept open; `figure.savefig(path)` writes it.
     """
     from matplotlib.figure import Figure
 
@@ -135,13 +136,12 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     (reward, kl), (entropy, length) = panels
 
     _curve(reward, rows, "reward", COLOURS["reward"], "mean reward")
-    _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "groups that teach nothing", linestyle="--")
-    reward.set(title="Reward", ylabel="reward (share of groups)")
-    if reward.lines:
-        reward.legend(frameon=False)
+    _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "share of groups that teach nothing", "--")
+    reward.set(title="Reward", ylabel="reward; share of groups")
+    reward.legend(frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
-    if rows and not any("kl" in row for row in rows):
+    if not any("kl" in row for row in rows):
         kl.text(0.5, 0.5, "not computed: kl_coef = 0", ha="center", va="center", transform=kl.transAxes)
     _curve(entropy, rows, "entropy", COLOURS["entropy"])
     entropy.set(title="Entropy of the next token", ylabel="nats", xlabel="optimizer step")
@@ -150,12 +150,24 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-    for panel in (reward, kl, entropy):
-        panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(0.0, low), high + 0.05 * abs(high))
     return figure
 
 
-def _curve(panel, rows, name: str, colour: str, label: str | None = None, **style) -> None:
+def _curve(panel, rows, name: str, colour: str, label: str | None = None, line: str = "-") -> None:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if points:
-        panel.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.8, **style)
+        steps, values = zip(*points, strict=True)
+        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
+        panel.plot(steps, running_mean(values), line, color=colour, linewidth=2.0, label=label)
+
+
+def running_mean(values: Sequence[float], reach: int = 3) -> list[float]:
+    """Each value averaged with up to `reach` neighbours on either side.
+
+    >>> running_mean([0.0, 3.0, 6.0], reach=1)
+    [1.5, 3.0, 4.5]
+    """
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]

@@ -1,7 +1,7 @@
 """Prompts: whatever form they come in, each is used once per epoch, in an order that can be saved."""
 
 import zlib
-from itertools import permutations, product
+from itertools import combinations_with_replacement, permutations, product
 
 import datasets
 import pytest
@@ -11,9 +11,8 @@ from grpo_lab.data import (
     PromptOrder,
     SimplePromptDataset,
     countdown_dataset,
+    countdown_expressions,
     countdown_problems,
-    countdown_prompt,
-    countdown_solutions,
     derived_seed,
     encode_prompt,
     load_prompts,
@@ -212,41 +211,55 @@ def test_a_derived_seed_is_its_own_for_each_seed_purpose_and_number():
 
 # --- Countdown ------------------------------------------------------------------------------------------
 
-
-def test_every_solution_hits_its_target_with_each_number_once():
-    for numbers, target in countdown_problems("all"):
-        for expression in countdown_solutions(numbers)[target]:
-            assert evaluate_expression(expression) == (target, sorted(numbers))
-            assert solves(countdown_prompt(numbers[::-1], target), expression)
+ALL_NUMBERS = list(combinations_with_replacement(range(2, 10), 3))
+PROBLEMS = {split: set(countdown_problems(split)) for split in ("train", "held-out")}
 
 
-@pytest.mark.parametrize("numbers", [(1, 1, 1), (2, 2, 9), (3, 5, 7), (1, 4, 9)])
-def test_every_target_within_reach_is_found(numbers):
-    tries = (f"{a}{p}{b}{q}{c}" for a, b, c in permutations(numbers) for p in "+-*" for q in "+-*")
-    values = {evaluate_expression(text)[0] for text in tries}
-    assert set(countdown_solutions(numbers)) == {v for v in values if 0 <= v <= 99}
+def problem(prompt):
+    numbers, target = prompt.rstrip("=").split(":")
+    return tuple(sorted(map(int, numbers.split(",")))), int(target)
+
+
+@pytest.mark.parametrize("numbers", ALL_NUMBERS[::5], ids=str)
+def test_every_expression_has_its_value_and_uses_each_number_once(numbers):
+    found = countdown_expressions(numbers)
+    for value, expressions in found.items():
+        assert all(evaluate_expression(text) == (value, list(numbers)) for text in expressions)
+    texts = [text for expressions in found.values() for text in expressions]
+    assert len(set(texts)) == len(texts)
+    forms = ("{}+{}+{}", "{}+{}-{}", "{}*{}+{}", "{}*{}*{}")
+    values = {evaluate_expression(form.format(*order))[0] for form in forms for order in permutations(numbers)}
+    assert found.keys() == values  # no value of the four forms is missed
+
+
+def test_every_prompt_can_be_solved():
+    for split in PROBLEMS:
+        for prompt in countdown_dataset(200, split=split).columns["prompt"]:
+            numbers, target = problem(prompt)
+            assert 0 <= target <= 99
+            assert solves(prompt, countdown_expressions(numbers)[target][0])
 
 
 def test_held_out_problems_never_occur_in_training():
-    train, held_out = set(countdown_problems("train")), set(countdown_problems("held-out"))
-    assert not train & held_out
-    assert train | held_out == set(countdown_problems("all"))
-    assert 0.12 < len(held_out) / len(train | held_out) < 0.22
-    with pytest.raises(ValueError, match='"train", "held-out" or "all", got \'test\''):
-        countdown_problems("test")
-
-    def problem(prompt):
-        numbers, target = prompt.rstrip("=").split(":")
-        return tuple(sorted(map(int, numbers.split(",")))), int(target)
-
-    for seed in range(3):
-        for split, allowed in (("train", train), ("held-out", held_out)):
-            assert {problem(row["prompt"]) for row in countdown_dataset(300, split=split, seed=seed)} <= allowed
+    everything = {(n, target) for n in ALL_NUMBERS for target in countdown_expressions(n) if 0 <= target <= 99}
+    assert PROBLEMS["train"] | PROBLEMS["held-out"] == everything
+    assert not PROBLEMS["train"] & PROBLEMS["held-out"]
+    assert 0.12 < len(PROBLEMS["held-out"]) / len(everything) < 0.22
+    for split, seed in product(PROBLEMS, range(3)):
+        assert {problem(p) for p in countdown_dataset(300, split=split, seed=seed).columns["prompt"]} <= PROBLEMS[split]
 
 
-def test_countdown_prompts_are_drawn_by_the_seed_in_any_order_of_the_numbers():
+def test_countdown_prompts_are_all_different_and_drawn_by_the_seed():
     prompts = countdown_dataset(500, seed=7).columns["prompt"]
+    assert len(set(prompts)) == 500
     assert prompts == countdown_dataset(500, seed=7).columns["prompt"]
     assert prompts != countdown_dataset(500, seed=8).columns["prompt"]
     rising = [numbers == sorted(numbers) for numbers in (p.split(":")[0].split(",") for p in prompts)]
     assert sum(rising) < 200  # one order in six rises, where the three numbers differ
+
+
+def test_countdown_says_what_it_does_not_have():
+    with pytest.raises(ValueError, match='"train" or "held-out", got \'test\''):
+        countdown_dataset(1, split="test")
+    with pytest.raises(ValueError, match=r"only \d+ Countdown prompts in the split 'held-out', 100000 were asked for"):
+        countdown_dataset(100_000, split="held-out")

@@ -16,13 +16,11 @@ SURROGATES = ["clip", "cispo"]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
 
 
-def make(seed=0, mask=MASK, dtype=torch.float64):
+def make(seed=0):
     """Log-probabilities under the policy, the old policy and the reference, and advantages of both signs."""
-    generator = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(mask.shape, generator=generator, dtype=dtype)
-    moved, ref = (old + 0.4 * torch.randn(mask.shape, generator=generator, dtype=dtype) for _ in range(2))
-    advantages = torch.randn(len(mask), generator=generator, dtype=dtype)
-    return moved.requires_grad_(), old, ref, advantages
+    random = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    old = -3 * random[0].abs()
+    return (old + 0.4 * random[1]).requires_grad_(), old, old + 0.4 * random[2], random[3, :, 0]
 
 
 def loss_by_loop(logprobs, old, ref, advantages, mask, *, beta, estimator, low, high, importance, surrogate, how):
@@ -119,9 +117,8 @@ def test_the_sequence_ratio_is_the_geometric_mean_over_the_completion():
 def test_at_ratio_one_the_gradient_is_that_of_reinforce(old, importance, surrogate, how):
     logprobs, _, _, advantages = make()
     before = None if old == "none" else logprobs.detach().clone()
-    terms = grpo_loss(
-        logprobs, before, advantages, MASK, importance=importance, surrogate=surrogate, aggregation=how, constant=8
-    )  # fmt: skip
+    options = {"importance": importance, "surrogate": surrogate, "aggregation": how, "constant": 8}
+    terms = grpo_loss(logprobs, before, advantages, MASK, **options)
     terms.loss.backward()
     lengths = MASK.sum(1, keepdim=True).clamp(min=1)  # 4, 2, 1, 3, (0): 10 tokens, 5 completions
     share = {"sequence-mean": 1 / (5 * lengths), "token-mean": 1 / 10, "constant": 1 / (5 * 8)}[how]

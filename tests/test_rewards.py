@@ -1,5 +1,6 @@
 """Rewards: right, wrong and hostile text. Whatever a model writes costs little time and never runs."""
 
+import signal
 import time
 from fractions import Fraction
 
@@ -27,16 +28,31 @@ HOSTILE = [
     *["٣+٥", "３+５", "³+1", "3×5", "3−5", "①", "3\u200b+5", "3\x00", "\ud800"],
     *["03+5", "3_5+7", "0x10", "3.0", "1e9", "3j", "3,5", "3 5", "3(5)", "(3)(5)", "3()"],
     *["", " ", "\n", "3\n+5", "3;5", "3#5", "3*5+7=22", "=22", "twenty-two"],
-    *["__import__('os').system('true')", "True", "print(22)", "[22]", "22 ", "'22'", "lambda: 22", "(yield)"],
+    *["__import__('os').system('true')", "True", "print(22)", "[22]", "'22'", "lambda: 22", "(yield)"],
 ]
+PIECES = ["1", "-", "$", ",", ".", "#", "#### ", "1,", "1.", "1,111", ",111", "-$", "1,234,", "٣", " "]
 LONG_TEXT = [
-    *[
-        c * 10**6
-        for c in ("1", "-", "$", ",", ".", "#", "#### ", "1,", "1.", "1,111", ",111", "-$", "1,234,", "٣", " ")
-    ],
+    *[piece * 10**6 for piece in PIECES],
     *[start + ",111" * 10**5 + end for start in ("1", "-$1", "1234") for end in ("", "1", "x", ".")],
-    *["#### " + "9" * 10**6, "0." + "3" * 10**6, "\ud800" * 10**6],
+    *["1" * 10**6 + "x", "1," * 10**6 + "x", "#### " + "9" * 10**6, "0." + "3" * 10**6, "\ud800" * 10**6],
 ]
+
+
+@pytest.fixture(autouse=True)
+def a_hang_fails():
+    """Without it, one `9**9**9` that is computed after all would hang the whole run. (Windows has no such alarm.)"""
+
+    def stop(*_):
+        raise TimeoutError("the reward still runs after 10 seconds")
+
+    if hasattr(signal, "setitimer"):
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 10)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    else:
+        yield
 
 
 def seconds(function, *args):
@@ -46,9 +62,7 @@ def seconds(function, *args):
     return time.process_time() - start
 
 
-@pytest.mark.parametrize(
-    "text", ["3*5+7", "7+5*3", " 3 * 5 + 7 ", "((3)*(5))+7", "7+3*5\n", "(" * 40 + "3*5+7" + ")" * 40]
-)
+@pytest.mark.parametrize("text", ["3*5+7", "7+5*3", " 3 * 5 + 7\n", "((3)*(5))+7", "(" * 40 + "3*5+7" + ")" * 40])
 def test_countdown_pays_for_a_solution_however_it_is_written(text):
     assert countdown([PROMPT], [text]) == [1.0]
 
@@ -59,8 +73,7 @@ def test_countdown_pays_nothing_for_a_wrong_number_of_numbers_or_a_wrong_value(t
 
 
 def test_countdown_is_exact_and_counts_a_number_as_often_as_the_prompt_does():
-    assert countdown(["1,3,3:1="], ["1/3*3"]) == [1.0]  # in floats, some such sums miss by 1e-16
-    assert countdown(["1,3,49,49:3="] * 2, ["1/49*49*3", "1/49*49*3+3-3"]) == [1.0, 0.0]
+    assert countdown(["1,3,49,49:3="] * 2, ["1/49*49*3", "1/49*49*3+3-3"]) == [1.0, 0.0]  # in floats 1/49*49 < 1
     assert countdown(["5,5,7:17="] * 3, ["5+5+7", "5+12", "7+5+5"]) == [1.0, 0.0, 1.0]
     assert countdown(["2,3:0="], ["2/3"]) == [0.0]  # not rounded down
 
@@ -68,7 +81,7 @@ def test_countdown_is_exact_and_counts_a_number_as_often_as_the_prompt_does():
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 def test_hostile_text_scores_nothing_at_once(text):
     assert countdown([PROMPT], [text]) == [0.0]
-    assert text.strip() == "22" or evaluate_expression(text) is None
+    assert evaluate_expression(text) is None
     assert seconds(evaluate_expression, text) < 0.2
 
 
@@ -124,6 +137,7 @@ def test_no_text_at_all_raises(text):
         ("1,200", "1200"),
         ("1,234,567.50", "1234567.5"),
         ("1, 2, 30", "30"),  # a list, not thousands
+        ("3,5,77", "77"),
         ("0.5", "1/2"),
         (".5", "1/2"),
         ("-.5", "-1/2"),
@@ -158,21 +172,13 @@ def test_a_numeric_answer_compares_values_not_spellings():
     assert numeric_answer(["?"] * 3, ["0.1", "-3", "4"], answer=[0.1, -3, "2+2=4 #### 4"]) == [1.0, 1.0, 1.0]
 
 
-def test_no_digits_are_lost_and_none_are_invented():
-    long = "1" + "0" * 34 + "7"
-    assert numeric_answer(["?"] * 2, [long, "0." + "0" * 40 + "7"], answer=[7, 7]) == [0.0, 0.0]
-    assert numeric_answer(["?"] * 2, [long, "100000000000000000000000000000000000"], answer=[long] * 2) == [1.0, 0.0]
-
-
 @pytest.mark.parametrize("text", LONG_TEXT, ids=lambda text: ascii(text[:8]))
 def test_no_text_takes_long_to_search(text):
     assert seconds(final_number, text) < 0.3
     assert seconds(exact_answer, ["?"], [text], ["7"]) < 0.3
 
 
-@given(
-    st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "so {:,}.", "#### {} and 3", "(9) it is {:,}.00"])
-)
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "so {:,}.", "#### {} and 3", "(9) = {:,}.00"]))
 @settings(deadline=None, max_examples=50)
 def test_every_integer_is_read_back(n, form):
     assert final_number(form.format(n)) == n
@@ -200,8 +206,7 @@ def test_a_format_must_match_the_whole_text_across_lines():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_rewards_take_any_columns_and_refuse_lists_of_different_lengths(name):
     columns = {"answer": ["22", "7"], "difficulty": ["easy", "hard"]}
-    assert BUILT_IN[name]([PROMPT, "3,5,7:7="], ["22", "8"], **columns) == (
-        [0.0, 0.0] if name == "countdown" else [1.0, 0.0]
-    )
+    first = 0.0 if name == "countdown" else 1.0  # 22 is the answer, but uses none of the numbers
+    assert BUILT_IN[name]([PROMPT, "3,5,7:7="], ["22", "8"], **columns) == [first, 0.0]
     with pytest.raises(ValueError, match="argument 2 is"):
         BUILT_IN[name]([PROMPT], ["22", "8"], answer=["22"])

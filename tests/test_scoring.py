@@ -9,12 +9,13 @@ from conftest import tiny_model
 from torch import nn
 
 from grpo_lab import scoring
+from grpo_lab.pocket.make import make_tokenizer
 from grpo_lab.sampling import left_pad
 from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
 
 PROMPTS = [[5], [6, 7, 8], [9, 3, 4, 5, 6, 7, 8]]
 COMPLETIONS = [[7, 3, 9, 4, 1], [4, 1], [1]]  # 1 ends; the padding after it is 1 as well in one of the tests
-T = 5
+T, V = 5, len(make_tokenizer())
 
 
 def batch(pad: int = 0):
@@ -99,7 +100,7 @@ def test_gradient_flows_through_log_probabilities_and_not_through_entropies(mode
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize(("elements", "rows"), [(1, [1, 1, 1]), (2 * T * 22, [2, 1]), (3 * T * 22, [3])])
+@pytest.mark.parametrize(("elements", "rows"), [(1, [1, 1, 1]), (2 * T * V, [2, 1]), (3 * T * V, [3])])
 def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, rows, truncated):
     input_ids, mask = batch()
     kept = torch.stack([input_ids[:, -T:], input_ids[:, -T:] + 1], -1) if truncated else None

@@ -1,0 +1,180 @@
+"""Reports: what is written can be read after a crash, what is counted is right, and a figure shows its rows."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from grpo_lab.reporting import (
+    COLOURS,
+    METRICS,
+    JsonLines,
+    mean_metrics,
+    pass_at_k,
+    training_figure,
+    wilson_interval,
+)
+
+# --- JSON lines -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    return JsonLines(tmp_path / "metrics.jsonl")
+
+
+def test_what_is_appended_is_read(file):
+    assert file.read() == []
+    rows = [{"step": 1, "reward": 0.1, "text": "½ → \u2028 \x85 \n"}, {"step": 2, "rewards": {"a": None}}]
+    file.append(rows[:1])
+    file.append(rows[1:])
+    assert file.read() == rows
+    lines = file.path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines[:-1]] == [1, 2]
+    assert lines[-1] == ""
+    assert "½ →" in lines[0]  # for human readers too
+
+
+def test_what_is_no_number_becomes_null(file):
+    file.append([{"nan": math.nan, "inf": math.inf, "minus": -math.inf, "zero": 0.0, "text": "NaN"}])
+    assert file.read() == [{"nan": None, "inf": None, "minus": None, "zero": 0.0, "text": "NaN"}]
+
+
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_a_line_cut_off_by_a_crash_does_not_count(file, cut):
+    file.append([{"step": 1, "text": "½"}, {"step": 2, "text": "½"}])
+    file.path.write_bytes(file.path.read_bytes()[:-cut])  # anywhere, also in the middle of a character
+    assert file.read() == [{"step": 1, "text": "½"}, {"step": 2, "text": "½"}][: 2 if cut == 1 else 1]
+    file.cut_after(2)  # as a resumed run does
+    file.append([{"step": 3}])
+    assert file.read()[-1] == {"step": 3}
+    assert file.read()[0] == {"step": 1, "text": "½"}
+
+
+def test_rows_of_later_steps_are_cut(file):
+    file.append([{"step": step, "i": i} for step in (10, 20, 30) for i in (0, 1)])
+    file.cut_after(20)
+    assert [(row["step"], row["i"]) for row in file.read()] == [(10, 0), (10, 1), (20, 0), (20, 1)]
+    assert [path.name for path in file.path.parent.iterdir()] == ["metrics.jsonl"]
+    file.cut_after(5)
+    assert file.read() == []
+    file.path.unlink()
+    file.cut_after(5)  # nothing there, nothing to cut
+    assert file.read() == []
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+def test_counters_are_last_and_the_rest_are_means_over_the_steps_that_have_them():
+    rows = [
+        {"step": 1, "epoch": 0.1, "num_tokens": 100, "skipped_steps": 0, "learning_rate": 1e-3, "reward": 0.1},
+        {"step": 2, "epoch": 0.2, "num_tokens": 250, "skipped_steps": 1, "learning_rate": 5e-4, "reward": 0.2, "e": 4},
+        {"step": 3, "epoch": 0.3, "num_tokens": 400, "skipped_steps": 1, "learning_rate": 0.0, "reward": 0.6},
+    ]
+    expected = {"step": 3, "epoch": 0.3, "num_tokens": 400, "skipped_steps": 1, "learning_rate": 0.0}
+    assert mean_metrics(rows) == expected | {"reward": pytest.approx(0.3), "e": 4}
+    assert mean_metrics(rows[:1]) == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96, z² = 3.8416
+        (0, 10, 0.0, 0.2775),  # low = 0 exactly; high = 3.8416/10 / 1.38416
+        (10, 10, 0.7225, 1.0),
+        (1, 10, 0.0179, 0.4042),
+        (50, 100, 0.4038, 0.5962),
+        (81, 263, 0.2553, 0.3662),  # Newcombe (1998), table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_the_published_ones(right, n, low, high):
+    assert wilson_interval(right / n, n) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_a_wilson_interval_stays_within_0_and_1_and_holds_its_share(n):
+    for right in range(n + 1):
+        low, high = wilson_interval(right / n, n)
+        assert 0 <= low <= right / n <= high <= 1
+        assert (low, high) == pytest.approx(tuple(1 - x for x in reversed(wilson_interval(1 - right / n, n))))
+        assert wilson_interval(right / n, 4 * n)[1] - wilson_interval(right / n, 4 * n)[0] < high - low
+
+
+@pytest.mark.parametrize(("n", "correct"), [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(n, correct):
+    answers = [True] * correct + [False] * (n - correct)
+    for k in range(1, n + 1):
+        choices = [any(choice) for choice in itertools.combinations(answers, k)]
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(choices) / len(choices))
+
+
+# --- the figure -----------------------------------------------------------------------------------------
+
+ROWS = [
+    {"step": 10 * i, "reward": i / 10, "frac_reward_zero_std": 0.5 - i / 20, "kl": i / 100, "entropy": 2 - i / 5,
+     "completions/mean_length": 5 + i}
+    for i in range(1, 6)
+]  # fmt: skip
+QUANTITIES = {  # panel: (title, unit on its y axis, its lines as metric -> colour)
+    0: ("Reward", "share", {"reward": "reward", "frac_reward_zero_std": "zero_std"}),
+    1: ("KL to the reference", "nats per token", {"kl": "kl"}),
+    2: ("Entropy of the next token", "nats", {"entropy": "entropy"}),
+    3: ("Completion length", "tokens", {"completions/mean_length": "length"}),
+}
+
+
+@pytest.mark.parametrize("panel", QUANTITIES)
+def test_every_line_shows_its_rows(panel):
+    title, unit, lines = QUANTITIES[panel]
+    axes = training_figure(ROWS, "A run").axes[panel]
+    assert axes.get_title() == title
+    assert unit in axes.get_ylabel()
+    assert axes.get_xlabel() == ("optimizer step" if panel >= 2 else "")  # the panels above share theirs
+    assert len(axes.lines) == 2 * len(lines)
+    for raw, mean, (metric, colour) in zip(axes.lines[::2], axes.lines[1::2], lines.items(), strict=True):
+        values = [row[metric] for row in ROWS]
+        assert list(raw.get_xdata()) == list(mean.get_xdata()) == [10, 20, 30, 40, 50]
+        assert list(raw.get_ydata()) == values
+        assert list(mean.get_ydata()) == pytest.approx(
+            [sum(values[:4]) / 4, *[sum(values) / 5] * 3, sum(values[1:]) / 4]
+        )
+        assert raw.get_color() == mean.get_color() == COLOURS[colour]
+        assert metric in METRICS
+
+
+def test_the_figure_has_a_title_a_legend_and_no_cut_off_curves(tmp_path):
+    figure = training_figure(ROWS, "A run")
+    assert figure.get_suptitle() == "A run"
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["mean reward", "share of groups that teach nothing"]
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] == 0  # heights can be compared
+    below = training_figure([{**row, "reward": -1.0} for row in ROWS])
+    assert below.axes[0].get_ylim()[0] <= -1
+    figure.savefig(tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_kl_says_so_and_missing_values_are_left_out():
+    rows = [{k: v for k, v in row.items() if k != "kl"} for row in ROWS]
+    rows[1] |= {"reward": None}  # null in the file: no number that step
+    figure = training_figure(rows)
+    assert list(figure.axes[0].lines[0].get_xdata()) == [10, 30, 40, 50]
+    assert not figure.axes[1].lines
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not computed: kl_coef = 0"]
+    assert not training_figure(ROWS).axes[1].texts
+
+
+def test_a_figure_of_a_run_that_has_not_begun_is_empty(tmp_path):
+    figure = training_figure([])
+    figure.savefig(tmp_path / "training.png")
+    assert not any(axes.lines or axes.texts for axes in figure.axes)
+
+
+def test_every_metric_is_explained():
+    assert all(len(text) > 10 for text in METRICS.values())
+    assert len(set(COLOURS.values())) == len(COLOURS)
