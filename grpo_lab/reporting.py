@@ -138,7 +138,8 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     _curve(reward, rows, "reward", COLOURS["reward"], "mean reward")
     _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "share of groups that teach nothing", "--")
     reward.set(title="Reward", ylabel="reward; share of groups")
-    reward.legend(frameon=False)
+    if rows:
+        reward.legend(frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
     if not any("kl" in row for row in rows):
@@ -151,7 +152,7 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         low, high = panel.get_ylim()
-        panel.set_ylim(min(0.0, low), high + 0.05 * abs(high))
+        panel.set_ylim(min(0.0, low), max(high, low + 1e-6) * 1.05)
     return figure
 
 
