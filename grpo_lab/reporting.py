@@ -142,7 +142,7 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
         reward.legend(frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
-    if not any("kl" in row for row in rows):
+    if rows and not any("kl" in row for row in rows):
         kl.text(0.5, 0.5, "not computed: kl_coef = 0", ha="center", va="center", transform=kl.transAxes)
     _curve(entropy, rows, "entropy", COLOURS["entropy"])
     entropy.set(title="Entropy of the next token", ylabel="nats", xlabel="optimizer step")
