@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from grpo_lab import GRPOConfig, GRPOTrainer, pocket
 from grpo_lab.data import countdown_dataset
@@ -72,7 +71,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "learning.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.disable_progress_bar()
 
     together = {name: ast.literal_eval(value) for name, value in (item.split("=") for item in options.set)}
     plans = NEIGHBOURS if options.search else [together]

@@ -45,7 +45,7 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    with _without_progress_bar():
+    with without_progress_bars():
         model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
     tokenizer.save_pretrained(unfinished)
     torch.save(state, unfinished / STATE_FILE)
@@ -67,8 +67,8 @@ def _hide(folder: Path) -> Path:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    # transformers' bar for one file would tear the training bar apart
+def without_progress_bars() -> Iterator[None]:
+    """No bars from transformers for a while: they would tear the training bar apart."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -101,7 +101,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into the model. Raises ValueError if they are damaged or of another shape."""
     try:
-        with _without_progress_bar():
+        with without_progress_bars():
             saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype, local_files_only=True)
         model.load_state_dict(saved.state_dict())
     except Exception as error:

@@ -130,9 +130,7 @@ def train_command(options: argparse.Namespace) -> int:
     """Load, show three completions and the accuracy, train, show them again."""
     config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
     import torch
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar is enough
     trainer = make_trainer(options, config)
     torch.set_num_threads(threads_for(trainer.model))
     print(_headline(trainer, options.model_name), f"Settings: {source}", _sizes(trainer), sep="\n")

@@ -19,5 +19,8 @@ def load():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
+    from grpo_lab.checkpoints import without_progress_bars
+
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(WEIGHTS, local_files_only=True)
