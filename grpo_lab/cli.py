@@ -286,7 +286,7 @@ def _show(trainer, dataset, when: str) -> float | None:
     for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}")):
         low, high = scores[f"eval/{key}_low"], scores[f"eval/{key}_high"]
         print(f"  right, {label}: {scores[f'eval/{key}']:.1%}   (95 %: {low:.1%} to {high:.1%})")
-    print(f"  on {len(dataset)} problems that training never sees", flush=True)
+    print(f"  on {len(dataset)} prompts kept for evaluation", flush=True)
     return scores["eval/pass@1"]
 
 

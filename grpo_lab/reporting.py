@@ -138,7 +138,7 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     _curve(reward, rows, "reward", COLOURS["reward"], "mean reward")
     _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "share of groups that teach nothing", "--")
     reward.set(title="Reward", ylabel="reward; share of groups")
-    if rows:
+    if reward.lines:
         reward.legend(frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
@@ -151,8 +151,8 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        low, high = panel.get_ylim()
-        panel.set_ylim(min(0.0, low), max(high, low + 1e-6) * 1.05)
+        low, high = min(0.0, panel.get_ylim()[0]), panel.get_ylim()[1]
+        panel.set_ylim(low, high + 0.05 * (high - low))
     return figure
 
 

@@ -54,6 +54,7 @@ def test_a_line_cut_off_by_a_crash_does_not_count(file, cut):
 
 def test_rows_of_later_steps_are_cut(file):
     file.append([{"step": step, "i": i} for step in (10, 20, 30) for i in (0, 1)])
+    file.path.with_suffix(".kept").write_text('{"step": 0}\n')  # left by a crash within cut_after
     file.cut_after(20)
     assert [(row["step"], row["i"]) for row in file.read()] == [(10, 0), (10, 1), (20, 0), (20, 1)]
     assert [path.name for path in file.path.parent.iterdir()] == ["metrics.jsonl"]
@@ -146,17 +147,24 @@ def test_every_line_shows_its_rows(panel):
         assert metric in METRICS
 
 
-def test_the_figure_has_a_title_a_legend_and_no_cut_off_curves(tmp_path):
+def test_the_figure_has_a_title_and_a_legend_and_starts_at_zero(tmp_path):
     figure = training_figure(ROWS, "A run")
     assert figure.get_suptitle() == "A run"
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == ["mean reward", "share of groups that teach nothing"]
     for axes in figure.axes:
         assert axes.get_ylim()[0] == 0  # heights can be compared
-    below = training_figure([{**row, "reward": -1.0} for row in ROWS])
-    assert below.axes[0].get_ylim()[0] <= -1
     figure.savefig(tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "rewards", [[-2.3, -2.2, -2.2, -2.1, -2.0], [-1.0] * 5, [0.0] * 5, [-9, 0, 9, 99, -99], [1e3] * 5]
+)
+def test_no_reward_falls_off_the_panel(rewards):
+    axes = training_figure([{"step": step, "reward": reward} for step, reward in enumerate(rewards)]).axes[0]
+    low, high = axes.get_ylim()
+    assert low <= min(rewards) <= max(rewards) < high
 
 
 def test_a_run_without_kl_says_so_and_missing_values_are_left_out():
@@ -173,6 +181,7 @@ def test_a_figure_of_a_run_that_has_not_begun_is_empty(tmp_path):
     figure = training_figure([])
     figure.savefig(tmp_path / "training.png")
     assert not any(axes.lines or axes.texts for axes in figure.axes)
+    assert len(training_figure([{"step": 1, "kl": 0.1}]).axes[1].lines) == 2  # and one with less in its rows is drawn
 
 
 def test_every_metric_is_explained():
