@@ -102,7 +102,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into the model. Raises ValueError if they are damaged or of another shape."""
     try:
         with without_progress_bars():
-            saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype, local_files_only=True)
+            saved, report = type(model).from_pretrained(
+                folder, dtype=next(model.parameters()).dtype, local_files_only=True, output_loading_info=True
+            )
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
+            raise ValueError(f"no weights for {', '.join(missing[:3])}")
         model.load_state_dict(saved.state_dict())
     except Exception as error:
         raise ValueError(_damaged(folder, error)) from error

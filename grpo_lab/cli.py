@@ -24,14 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         return options.command(options)
-    except KeyboardInterrupt:
-        print("\ngrpo-lab: stopped. Go on from the newest checkpoint with --resume.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ngrpo-lab: stopped{_and_how_to_go_on(interrupt)}.", file=sys.stderr)
         return 130
     except EXPECTED_ERRORS as error:
         if options.debug:
             raise
         print(f"grpo-lab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _and_how_to_go_on(interrupt: KeyboardInterrupt) -> str:
+    return f": {interrupt}. Go on with the same command and --resume" if str(interrupt) else ""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -103,12 +103,13 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
     import datasets  # an optional dependency, and slow to import
 
     path = Path(name)
-    if path.suffix in FILE_FORMATS:
+    kind = FILE_FORMATS.get(path.suffix.lower())
+    if kind is not None:
         if not path.is_file():
             raise ValueError(f"there is no file {name}.")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} is empty: at least one prompt is needed.")
-        where = {"path": FILE_FORMATS[path.suffix], "data_files": str(path), "split": "train"}
+        where = {"path": kind, "data_files": str(path), "split": "train"}
     else:
         hub_id, _, config = name.partition(":")
         where = {"path": hub_id, "name": config or None, "split": split}
@@ -116,10 +117,12 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
         dataset = datasets.load_dataset(**where)
     except Exception as error:  # a broken line, no network, no such dataset: each with its own exception class
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # a CSV file that ends after its header
+            raise ValueError(f"{name} is empty: at least one prompt is needed.") from None
         raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}") from error
-    if path.suffix == ".txt":
+    if kind == "text":
         dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
-    return with_prompt_column(dataset, prompt_column if path.suffix != ".txt" else "prompt", name)
+    return with_prompt_column(dataset, "prompt" if kind == "text" else prompt_column, name)
 
 
 def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):

@@ -82,12 +82,15 @@ def _plain(value: Any) -> Any:
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One row for several steps: counters as they are last, everything else as a mean over the steps that have it."""
+    """One row for several steps: counters as they are last, everything else as a mean over the steps that have it.
+
+    A value that is not a number (a reward function that scored nothing) does not count.
+    """
     last = {"step", "epoch", "num_tokens", "skipped_steps", "learning_rate"}
     names = dict.fromkeys(name for row in rows for name in row)
     result = {}
     for name in names:
-        values = [row[name] for row in rows if name in row]
+        values = [row[name] for row in rows if name in row and not math.isnan(row[name])] or [math.nan]
         result[name] = values[-1] if name in last else math.fsum(values) / len(values)
     return result
 

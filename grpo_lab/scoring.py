@@ -89,7 +89,7 @@ def position_ids(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     learned positions (GPT-2) would read another prompt.
     """
     if not accepts(model, "position_ids"):
-        return {}  # the model derives them from the mask (OPT) or has none (BLOOM)
+        return {}  # the model derives them from the mask, or has none (BLOOM)
     return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 
 

@@ -7,9 +7,12 @@ micro-batches of batch_size prompts. Every mean is over the whole batch, so micr
 
 import copy
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -432,12 +435,16 @@ class GRPOTrainer:
         Args:
             resume: True goes on from the newest checkpoint in output_dir, a path from that one.
         Returns: the rows of metrics.jsonl.
-        Raises: MemoryError, once, with what to lower; ArithmeticError if the gradient stays infinite.
+        Raises: MemoryError, once, with what to lower; ArithmeticError if the gradient stays infinite;
+            KeyboardInterrupt after Ctrl-C, when the step has been finished and a checkpoint saved.
         """
         from tqdm.auto import tqdm  # the notebook's bar in a notebook
 
         try:
-            with tqdm(total=self.total_steps, unit="step", dynamic_ncols=True) as bar:
+            with (
+                tqdm(total=self.total_steps, unit="step", dynamic_ncols=True) as bar,
+                _interrupt_between_steps() as interrupted,
+            ):
                 for record in self.steps(resume):
                     if bar.n == 0:
                         bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
@@ -445,6 +452,9 @@ class GRPOTrainer:
                     bar.set_postfix_str(_few_words(record.metrics))
                     if record.step == 1:
                         bar.write(self._first_words())
+                    if interrupted and record.step < self.total_steps:
+                        self.save(self.output_dir / f"checkpoint-{record.step}")
+                        raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
         except torch.OutOfMemoryError as error:
             raise MemoryError(self._out_of_memory()) from error
         history = self.metrics_file.read()
@@ -635,6 +645,10 @@ def _checked_dataset(dataset, name: str):
     if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
         found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
         raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
+    if taken := {"prompts", "completions"} & set(dataset[0]):
+        raise ValueError(
+            f"{name} has a column {min(taken)!r}, the name of an argument of every reward function. Rename it."
+        )
     return dataset
 
 
@@ -690,6 +704,25 @@ def _batch_from(saved: dict[str, Any], device) -> Batch:
         return MicroBatch(**{**values, **tensors, "rollouts": Rollouts(**values["rollouts"]).to(device)})
 
     return Batch(**{**saved, "parts": [part(p) for p in saved["parts"]]})
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[list[int]]:
+    """Let the first Ctrl-C wait until the step is finished: it only fills the list. The second acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
+        yield received
+        return
+
+    def note(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _few_words(metrics: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_lab import checkpoints
@@ -251,3 +252,13 @@ def test_every_random_number_generator_goes_on_where_it_stood(tmp_path):
     assert draws() != expected[:7]
     checkpoints.restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert draws() + draws() == expected
+
+
+def test_a_missing_tensor_is_not_filled_with_random_numbers(tmp_path, model, tokenizer):
+    checkpoints.save(tmp_path / "checkpoint-1", model, tokenizer, {})
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be read .*no weights for model\.norm\.weight"):
+        checkpoints.load_weights(model, tmp_path / "checkpoint-1")

@@ -117,6 +117,8 @@ def test_the_prompts_may_stand_in_another_column(file):
         ("p.csv", "prompt,answer\na,1\n,2\n", "p.csv: prompt 1 must be a string .*got 'None'"),
         ("p.csv", "prompt,answer\n22,1\n", "p.csv: prompt 0 must be a string .*got '22'"),
         ("p.jsonl", '{"prompt": " "}\n', "p.jsonl: prompt 0 is empty"),
+        ("p.csv", "prompt,answer\n", "p.csv is empty: at least one prompt is needed"),
+        ("P.JSONL", "", "P.JSONL is empty: at least one prompt is needed"),
     ],
 )
 def test_a_bad_file_is_named_with_its_problem_in_one_sentence(file, name, content, problem):

@@ -113,6 +113,11 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(n, cor
         assert pass_at_k(n, correct, k) == pytest.approx(sum(choices) / len(choices))
 
 
+def test_a_reward_that_scored_nothing_in_one_step_does_not_spoil_the_mean():
+    assert mean_metrics([{"r": 1.0}, {"r": math.nan}, {"r": 2.0}]) == {"r": 1.5}
+    assert math.isnan(mean_metrics([{"r": math.nan}])["r"])
+
+
 # --- the figure -----------------------------------------------------------------------------------------
 
 ROWS = [

@@ -1,6 +1,7 @@
 """The trainer: one step is the sentence that describes it, and nothing but the settings changes what it does."""
 
 import json
+import signal
 import warnings
 
 import pytest
@@ -364,6 +365,24 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fata
     assert torch.isfinite(weights(run)).all()
 
 
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
+    whole = make_trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+
+    def impatient(prompts, completions):
+        if stopped.step == 1:
+            signal.raise_signal(signal.SIGINT)  # in the middle of the second step
+        return likes_threes(prompts, completions)
+
+    stopped = make_trainer(tmp_path / "stopped", max_steps=4, reward=impatient)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-2"):
+        stopped.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = make_trainer(tmp_path / "stopped", max_steps=4)
+    resumed.train(resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch):
     def explode(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -403,6 +422,12 @@ def test_the_policy_cannot_be_its_own_reference(tmp_path):
     with pytest.raises(ValueError, match="the KL would always be 0"):
         make_trainer(tmp_path, model=model, ref_model=model)
     make_trainer(tmp_path, model=model, ref_model=model, kl_coef=0.0)
+
+
+def test_a_column_must_not_be_called_as_an_argument_of_reward_functions(tmp_path):
+    dataset = SimplePromptDataset(PROMPTS, completions=PROMPTS)
+    with pytest.raises(ValueError, match=r"column 'completions'.*Rename"):
+        make_trainer(tmp_path, prompts=dataset)
 
 
 def test_without_kl_there_is_no_reference_at_all(tmp_path):
