@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is there and cannot be used."""
+
+
 def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> None:
     """Write a checkpoint so that `folder` appears only when everything is safely on the disk.
 
@@ -48,7 +53,8 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     with without_progress_bars():
         model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
     tokenizer.save_pretrained(unfinished)
-    torch.save(state, unfinished / STATE_FILE)
+    sums = {file.name: _checksum(file) for file in unfinished.glob("*.safetensors")}
+    torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
     for path in [*unfinished.iterdir(), unfinished]:
         _sync(path)
     old = _hide(folder)
@@ -88,18 +94,35 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as content:
+        while block := content.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
 def load_state(folder: Path) -> dict[str, Any]:
-    """The training state of a checkpoint. Raises ValueError if it is missing or damaged."""
+    """The training state of a checkpoint whose files are as they were written.
+
+    Raises: ValueError if this is no checkpoint, DamagedCheckpointError if a file has changed since.
+    """
     if not (folder / STATE_FILE).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.")
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        if broken := zipfile.ZipFile(folder / STATE_FILE).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{STATE_FILE} has changed at {broken}")
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        for name, checksum in state.pop("checksums").items():
+            if _checksum(folder / name) != checksum:
+                raise ValueError(f"{name} has changed since it was saved")
+        return state
     except Exception as error:  # a damaged file shows itself in many ways
-        raise ValueError(_damaged(folder, error)) from error
+        raise DamagedCheckpointError(_damaged(folder, error)) from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put a checkpoint's weights into the model. Raises ValueError if they are damaged or of another shape."""
+    """Put a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
     try:
         with without_progress_bars():
             saved, report = type(model).from_pretrained(
@@ -109,14 +132,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             raise ValueError(f"no weights for {', '.join(missing[:3])}")
         model.load_state_dict(saved.state_dict())
     except Exception as error:
-        raise ValueError(_damaged(folder, error)) from error
+        raise DamagedCheckpointError(_damaged(folder, error)) from error
 
 
 def _damaged(folder: Path, error: Exception) -> str:
     first_line = next(iter(str(error).splitlines()), "")
     return (
-        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {first_line[:200]}). "
-        "Remove it, and the one before it is used."
+        f"the checkpoint {folder} cannot be used ({type(error).__name__}: {first_line[:200]}). "
+        "Name an older one, or start anew."
     )
 
 
@@ -130,14 +153,17 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
-    """The checkpoint to go on from: the newest, or the folder that is named. Raises ValueError if there is none."""
+def to_resume(output_dir: Path, resume: bool | str | Path) -> list[Path]:
+    """The checkpoints to go on from, best first: the newest and those before it, or the folder that is named.
+
+    Raises: ValueError if there is none.
+    """
     if resume is not True:
-        return Path(resume)
-    checkpoints = all_checkpoints(output_dir)
+        return [Path(resume)]
+    checkpoints = all_checkpoints(output_dir)[::-1]
     if not checkpoints:
         raise ValueError(f"there is no checkpoint to resume from in {output_dir}. Start anew without --resume.")
-    return checkpoints[-1]
+    return checkpoints
 
 
 def prune(output_dir: Path, limit: int | None) -> None:

@@ -484,7 +484,7 @@ class GRPOTrainer:
 
     def _start(self, resume: bool | str | Path | None) -> None:
         if resume:
-            self.load(checkpoints.to_resume(self.output_dir, resume))
+            self._load_first(checkpoints.to_resume(self.output_dir, resume))
             self.metrics_file.cut_after(self.step)
             self.completions_file.cut_after(self.step)
         elif self.step == 0:
@@ -536,6 +536,16 @@ class GRPOTrainer:
     def save(self, path: str | Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` loads and that a run can be resumed from."""
         checkpoints.save(Path(path), self._policy, self.tokenizer, self._state())
+
+    def _load_first(self, candidates: list[Path]) -> None:
+        """Load the first that is not damaged; say so of those that are."""
+        for folder, older in zip(candidates, [*candidates[1:], None], strict=True):
+            try:
+                return self.load(folder)
+            except checkpoints.DamagedCheckpointError as error:
+                if older is None:
+                    raise
+                warnings.warn(f"{error} Going on from {older.name} instead.", stacklevel=4)
 
     def load(self, path: str | Path) -> None:
         """Go back to a checkpoint. Raises ValueError if it is damaged or was made with other settings or data."""

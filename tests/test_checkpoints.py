@@ -112,8 +112,8 @@ def test_the_newest_is_the_one_with_the_largest_number(tmp_path):
         (tmp_path / other).mkdir()
         (tmp_path / other / STATE_FILE).touch()
     assert names(tmp_path) == ["checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100"]
-    assert to_resume(tmp_path, True) == tmp_path / "checkpoint-100"
-    assert to_resume(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    assert to_resume(tmp_path, True)[0] == tmp_path / "checkpoint-100"
+    assert to_resume(tmp_path, str(tmp_path / "checkpoint-9")) == [tmp_path / "checkpoint-9"]
 
 
 @pytest.mark.parametrize("folder", ["empty", "nowhere"])
@@ -144,14 +144,14 @@ class Evil:
 def test_a_damaged_state_is_named_and_runs_no_code(tmp_path, content):
     fake(tmp_path, 7)
     (tmp_path / "checkpoint-7" / STATE_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint-7 cannot be read .*Remove it, and the one before it is used"):
+    with pytest.raises(ValueError, match=r"checkpoint-7 cannot be used .*Name an older one, or start anew"):
         load_state(tmp_path / "checkpoint-7")
 
 
 def test_a_state_that_holds_an_object_is_refused(tmp_path):
     fake(tmp_path, 7)
     torch.save({"step": Evil()}, tmp_path / "checkpoint-7" / STATE_FILE)
-    with pytest.raises(ValueError, match="checkpoint-7 cannot be read"):
+    with pytest.raises(ValueError, match="checkpoint-7 cannot be used"):
         load_state(tmp_path / "checkpoint-7")
 
 
@@ -170,7 +170,7 @@ def test_damaged_weights_are_named_and_leave_the_model_alone(tmp_path, tokenizer
     elif damage == "gone":
         file.unlink()
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"checkpoint-7 cannot be read .*Remove it"):
+    with pytest.raises(ValueError, match=r"checkpoint-7 cannot be used"):
         load_weights(model, folder)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -260,5 +260,5 @@ def test_a_missing_tensor_is_not_filled_with_random_numbers(tmp_path, model, tok
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be read .*no weights for model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be used .*no weights for model\.norm\.weight"):
         checkpoints.load_weights(model, tmp_path / "checkpoint-1")

@@ -245,13 +245,19 @@ def test_an_unwritable_output_folder_is_said(train, prompts, tmp_path):
     assert "cannot write to" in complaint
 
 
-def test_a_damaged_checkpoint_is_named(train, prompts, tmp_path):
+@pytest.mark.parametrize("file", ["training_state.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, prompts, tmp_path, file):
     common = ["--dataset", prompts, "--reward", "format:1.*", "--save-steps", "1"]
     assert train(*common)[0] == 0
-    (tmp_path / "out/checkpoint-2/training_state.pt").write_bytes(b"damaged")
-    status, _, complaint = train(*common, "--resume")
+    damaged = tmp_path / "out/checkpoint-2" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1  # a single bit
+    damaged.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 cannot be used .*has changed.* Going on from checkpoint-1"):
+        assert train(*common, "--resume")[0] == 0
+    status, _, complaint = train(*common, "--resume", str(tmp_path / "nowhere"))
     assert status == 2
-    assert "checkpoint-2 cannot be read" in complaint
+    assert "is not a checkpoint" in complaint
 
 
 def test_a_reward_function_that_raises_is_named_and_the_traceback_is_one_flag_away(train, prompts, tmp_path):
