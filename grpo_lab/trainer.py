@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -489,6 +490,7 @@ class GRPOTrainer:
             self.completions_file.cut_after(self.step)
         elif self.step == 0:
             checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
+            set_seed(self.config.seed)  # for dropout, and for reward functions that draw
         if self.config.trackers:
             wandb = {"name": self.config.wandb_run_name, "dir": str(self.output_dir)}
             settings = {
