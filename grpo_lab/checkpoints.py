@@ -124,9 +124,9 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
     try:
-        with without_progress_bars():
+        with without_progress_bars():  # float32 holds what was saved in any precision; each weight is cast to its own
             saved, report = type(model).from_pretrained(
-                folder, dtype=next(model.parameters()).dtype, local_files_only=True, output_loading_info=True
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
             raise ValueError(f"no weights for {', '.join(missing[:3])}")
@@ -159,6 +159,8 @@ def to_resume(output_dir: Path, resume: bool | str | Path) -> list[Path]:
     Raises: ValueError if there is none.
     """
     if resume is not True:
+        if not (Path(resume) / STATE_FILE).is_file():
+            raise ValueError(f"{resume} is not a checkpoint: it has no {STATE_FILE}.")
         return [Path(resume)]
     checkpoints = all_checkpoints(output_dir)[::-1]
     if not checkpoints:
@@ -170,6 +172,20 @@ def prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond the limit."""
     for old in all_checkpoints(output_dir)[:-limit] if limit else ():
         shutil.rmtree(_hide(old))
+
+
+def refuse_results(output_dir: Path) -> None:
+    """Raises ValueError, with the ways to go on, if the folder holds the results of a run."""
+    if results := _results(output_dir):
+        raise ValueError(
+            f"{output_dir} holds the results of another run ({results[0].name}). "
+            "Go on with it: --resume. Replace it: --overwrite-output-dir. Keep it: another --output-dir."
+        )
+
+
+def _results(output_dir: Path) -> list[Path]:
+    results = [output_dir / name for name in (FINAL, *RUN_FILES)] + all_checkpoints(output_dir)
+    return [path for path in results if path.exists()]
 
 
 def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
@@ -185,36 +201,41 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"cannot write to {output_dir} ({error.strerror}). Name another folder: --output-dir."
         ) from None
-    results = [output_dir / name for name in (FINAL, *RUN_FILES)] + all_checkpoints(output_dir)
-    results = [path for path in results if path.exists()]
-    if results and not overwrite:
-        raise ValueError(
-            f"{output_dir} holds the results of another run ({results[0].name}). "
-            "Go on with it: --resume. Replace it: --overwrite-output-dir. Keep it: another --output-dir."
-        )
-    for path in results:
+    if not overwrite:
+        refuse_results(output_dir)
+    for path in _results(output_dir):
         shutil.rmtree(_hide(path)) if path.is_dir() else path.unlink()
 
 
-def fingerprint(prompts: Iterable[Any]) -> str:
-    """A short hash of all prompts in their order, to notice a changed dataset."""
+def fingerprint(rows: Iterable[Any]) -> str:
+    """A short hash of all rows in their order, to notice a changed dataset."""
     value = 0
-    for prompt in prompts:
-        value = zlib.crc32(json.dumps(prompt, sort_keys=True).encode(), value)
+    for row in rows:
+        value = zlib.crc32(json.dumps(row, sort_keys=True, default=repr).encode(), value)
     return f"{value:08x}"
 
 
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], data: str) -> None:
-    """Raises ValueError with the differences if a checkpoint was made with other settings or data."""
-    before = saved["config"]
-    names = sorted((before.keys() | config.keys()) - FREE_TO_CHANGE)
-    changed = [f"{n}: {before.get(n)} -> {config.get(n)}" for n in names if before.get(n) != config.get(n)]
-    if saved["data"] != data:
-        changed.append("the training prompts")
+def weights_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights, whatever their precision."""
+    value = 0
+    for parameter in model.parameters():
+        value = zlib.crc32(parameter.detach().float().cpu().contiguous().numpy(), value)
+    return f"{value:08x}"
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError with the differences if a checkpoint is of another run than this one.
+
+    Args:
+        before, now: all settings, and fingerprints of what else decides the run.
+    """
+    names = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
+    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     if changed:
         raise ValueError(
             f"the checkpoint was made with other settings, so the run would not go on as it was: {'; '.join(changed)}. "
-            "Resume with the old ones, or start a new run from the saved weights: --model-name CHECKPOINT."
+            "Resume with the old ones (and a model and reference loaded anew), or start a new run from the saved "
+            "weights: --model-name CHECKPOINT."
         )
 
 

@@ -6,7 +6,6 @@ they are needed, so that `--help` answers at once.
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -135,6 +134,12 @@ def train_command(options: argparse.Namespace) -> int:
     config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
     import torch
 
+    from grpo_lab.checkpoints import refuse_results
+    from grpo_lab.devices import resolve_device, resolve_precision, threads_for
+
+    resolve_precision(config.precision, resolve_device(config.device))  # this, too, before minutes of loading
+    if not options.resume and not config.overwrite_output_dir:
+        refuse_results(Path(config.output_dir))
     trainer = make_trainer(options, config)
     torch.set_num_threads(threads_for(trainer.model))
     print(_headline(trainer, options.model_name), f"Settings: {source}", _sizes(trainer), sep="\n")
@@ -143,7 +148,7 @@ def train_command(options: argparse.Namespace) -> int:
     before = None if options.resume else _show(trainer, dataset, "Before")
     trainer.train(resume=options.resume)
     after = _show(trainer, dataset, "After")
-    if before and after:
+    if before is not None and after is not None:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
     return 0
@@ -153,9 +158,8 @@ def make_trainer(options: argparse.Namespace, config: GRPOConfig):
     """The trainer that the flags ask for. Raises ValueError or OSError for a model or dataset that is not there."""
     from grpo_lab import pocket
     from grpo_lab.data import EXAMPLE_PROMPTS, SimplePromptDataset, countdown_dataset, load_prompts
-    from grpo_lab.trainer import GRPOTrainer, resolve_device, resolve_precision
+    from grpo_lab.trainer import GRPOTrainer
 
-    resolve_precision(config.precision, resolve_device(config.device))  # before minutes of loading
     is_pocket = options.model_name == "pocket"
 
     def prompts(name: str):
@@ -225,47 +229,20 @@ def named_reward(name: str):
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file} to take the reward {function!r} from.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}.")
     return getattr(module, function)
 
 
-SMALL_MODEL = 10_000_000
-
-
-def threads_for(model) -> int:
-    """One thread for a small model, else one for each core.
-
-    The matrices of the pocket model are too small to share: two threads gain nothing on two idle cores, and
-    where another program wants a core too, one waits for the other (measured: 15 times slower).
-    """
-    return 1 if sum(p.numel() for p in model.parameters()) < SMALL_MODEL else available_cores()
-
-
-def available_cores() -> int:
-    """The cores that this process really has: its CPU set, and the quota of its container.
-
-    A container with half a core sees all of the machine's; two threads on one busy core are many times
-    slower than one.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
-        return cores
-
-
 def _headline(trainer, name: str) -> str:
     import torch
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
     cores = torch.get_num_threads()
     threads = f", {cores} thread{'s' if cores > 1 else ''}" if trainer.device.type == "cpu" else ""
-    return f"GRPO on {name} ({parameters / 1e6:.2f} M parameters) · {trainer.device.type}, {precision}{threads}"
+    return f"GRPO on {name} ({parameters / 1e6:.2f} M parameters) · {trainer.device.type}, {trainer.precision}{threads}"
 
 
 def _sizes(trainer) -> str:

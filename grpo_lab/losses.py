@@ -34,6 +34,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, impor
     Source: GSPO (arXiv 2507.18071) for "sequence".
     """
     log_ratio = (logprobs - old_logprobs.detach()).where(mask, 0.0)  # mask first: see kl.py
+    log_ratio = log_ratio.clamp(max=80.0)  # exp of more is inf, whose gradient is NaN even where it is clipped
     if importance == "token":
         return log_ratio.exp()
     if importance == "sequence":

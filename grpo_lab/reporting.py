@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One row for several steps: counters as they are last, everything else as a mean over the steps that have it.
+    """One row for several steps: counters as they are last, largest and smallest of their kind, else the mean.
 
     A value that is not a number (a reward function that scored nothing) does not count.
     """
@@ -91,7 +91,14 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     result = {}
     for name in names:
         values = [row[name] for row in rows if name in row and not math.isnan(row[name])] or [math.nan]
-        result[name] = values[-1] if name in last else math.fsum(values) / len(values)
+        if name in last:
+            result[name] = values[-1]
+        elif name.endswith(("/max", "/max_length")):
+            result[name] = max(values)
+        elif name.endswith("/min_length"):
+            result[name] = min(values)
+        else:
+            result[name] = math.fsum(values) / len(values)
     return result
 
 

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from grpo_lab.data import Prompt, encode_prompt
 from grpo_lab.rewards import RewardFunction
 from grpo_lab.sampling import left_pad, pad_token_id
 from grpo_lab.scoring import completion_logprobs, evaluating
+
+LARGEST_REWARD = 1e15  # its square, in a standard deviation, still fits into float32
 
 RewardModel = nn.Module | RewardFunction | Sequence[nn.Module | RewardFunction]
 
@@ -39,15 +42,20 @@ class SequenceClassifierReward:
                 "Load it with num_labels=1."
             )
         self.model, self.tokenizer, self.__name__ = model, tokenizer, "reward_model"
-        if model.config.pad_token_id is None:  # without it the model cannot tell where a text ends in a batch
-            model.config.pad_token_id = pad_token_id(tokenizer)
+        self.pad_id = model.config.pad_token_id
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One logit per completion, in whatever unit the model was trained to give."""
-        rows = [self._ids(p, c) or [pad_token_id(self.tokenizer)] for p, c in zip(prompts, completions, strict=True)]
+        fill = pad_token_id(self.tokenizer, self.model)
+        rows = [self._ids(p, c) or [fill] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
-        pad = self.model.config.pad_token_id
+        pad = self.pad_id
+        if pad is None:
+            # The model judges at the last token that is not padding. It has none of its own, so take one that ends
+            # no text: the tokenizer's, often its end token, would make the model judge one token early.
+            pad = next(i for i in count() if all(row[-1] != i for row in rows))
+            self.model.config.pad_token_id = pad
         device = next(self.model.parameters()).device
         input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
@@ -89,12 +97,11 @@ class CausalLMReward:
         """One mean log-probability per completion, in nats per token, at most 0."""
         heads = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         # an empty completion is judged by its only token, the end
-        ends = [
-            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else pad_token_id(self.tokenizer)
-        ]
+        end = self.tokenizer.eos_token_id
+        ends = [pad_token_id(self.tokenizer, self.model) if end is None else end]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or ends for c in completions]
         device = next(self.model.parameters()).device
-        pad, longest = pad_token_id(self.tokenizer), max(map(len, tails))
+        pad, longest = pad_token_id(self.tokenizer, self.model), max(map(len, tails))
         head_ids, head_mask = left_pad(heads, pad)
         tail_ids = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails])
         tail_mask = torch.tensor([[1] * len(tail) + [0] * (longest - len(tail)) for tail in tails])
@@ -178,11 +185,14 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
         if value is None:
             continue
         try:
-            infinite = math.fabs(value) > torch.finfo(torch.float32).max  # rewards are kept in float32
+            too_large = math.fabs(value) > LARGEST_REWARD
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"the reward function {name!r} must return numbers or None, got {value!r}.") from None
-        if infinite:
-            raise ValueError(f"the reward function {name!r} returned {value} for the completion {completion[:80]!r}.")
+        if too_large:
+            raise ValueError(
+                f"the reward function {name!r} returned {value} for the completion {completion[:80]!r}. "
+                f"A reward must be finite, and at most {LARGEST_REWARD:g} in size."
+            )
     return torch.tensor([math.nan if v is None else float(v) for v in values])
 
 

@@ -61,10 +61,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return input_ids, mask
 
 
-def pad_token_id(tokenizer) -> int:
-    """An id to fill rows up with. What stands at padding is masked everywhere, so any id will do."""
+def pad_token_id(tokenizer, model: nn.Module) -> int:
+    """An id to fill rows up with. What stands at padding is masked everywhere, so any id that the model has will do."""
+    known = model.get_input_embeddings().weight.shape[0]  # a token added to the tokenizer alone is not
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in candidates if i is not None)
+    return next(i for i in candidates if i is not None and i < known)
 
 
 def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
@@ -136,8 +137,11 @@ def sample(
         **position_ids(model, attention_mask),
         **last,
     )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(num_generations)
+    cache = getattr(output, "past_key_values", None)
+    if not hasattr(cache, "reorder_cache"):
+        raise ValueError(f"{type(model).__name__} keeps no cache that can be repeated: it cannot be sampled from.")
+    # reorder_cache, unlike the cache's other methods, is known to recurrent and hybrid models too
+    cache.reorder_cache(torch.arange(len(input_ids), device=device).repeat_interleave(num_generations))
     logits = output.logits[:, -1].repeat_interleave(num_generations, 0)
     mask = attention_mask.repeat_interleave(num_generations, 0)
     active = torch.arange(rows, device=device)  # the rows still being written, in the order of the cache
@@ -164,7 +168,7 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
         if finished.any():
             going = (~finished).nonzero().squeeze(1)
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going)
             active, chosen, mask = active[going], chosen[going], mask[going]
         positions = position_ids(model, mask)
         positions = {name: p[:, -1:] for name, p in positions.items()}

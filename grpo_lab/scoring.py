@@ -43,7 +43,7 @@ def completion_logprobs(
     Returns: [B, T] in nats; what stands at padding is finite and means nothing.
     """
     logits = completion_logits(model, input_ids, attention_mask, num_tokens)
-    return _by_rows(token_logprobs, logits, input_ids[:, -num_tokens:], kept, temperature)
+    return _in_chunks(token_logprobs, logits, input_ids[:, -num_tokens:], kept, temperature)
 
 
 def completion_scores(
@@ -57,11 +57,11 @@ def completion_scores(
 ) -> Scores:
     """`completion_logprobs`, and from the same logits how undecided the model was at each position."""
     logits = completion_logits(model, input_ids, attention_mask, num_tokens)
-    logprobs = _by_rows(token_logprobs, logits, input_ids[:, -num_tokens:], kept, temperature)
+    logprobs = _in_chunks(token_logprobs, logits, input_ids[:, -num_tokens:], kept, temperature)
     with torch.no_grad():
-        rows = _rows_at_a_time(logits)
-        entropies = torch.cat([token_entropies(part, temperature=temperature) for part in logits.detach().split(rows)])
-    return Scores(logprobs, entropies)
+        chunks = logits.detach().flatten(0, 1).split(_positions_at_a_time(logits))
+        entropies = torch.cat([token_entropies(chunk, temperature=temperature) for chunk in chunks])
+    return Scores(logprobs, entropies.view_as(logprobs))
 
 
 def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
@@ -112,18 +112,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // (logits.shape[1] * logits.shape[2]))
+def _positions_at_a_time(logits: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
 
-def _by_rows(function, logits: Tensor, tokens: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
+def _in_chunks(function, logits: Tensor, tokens: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
     # A float32 copy of all logits, and another in backward, is what runs out of memory with a large
-    # vocabulary: so a few rows at a time, recomputed in backward.
-    rows = _rows_at_a_time(logits)
-    if rows >= logits.shape[0]:
+    # vocabulary: so some positions at a time, recomputed in backward.
+    size = _positions_at_a_time(logits)
+    if size >= tokens.numel():
         return function(logits, tokens, temperature=temperature, kept=kept)
-    kept_parts = kept.split(rows) if kept is not None else [None] * -(-logits.shape[0] // rows)
-    return torch.cat([
+    kept_chunks = kept.flatten(0, 1).split(size) if kept is not None else [None] * -(-tokens.numel() // size)
+    chunks = zip(logits.flatten(0, 1).split(size), tokens.flatten().split(size), kept_chunks, strict=True)
+    results = [
         checkpoint(function, part, ids, temperature=temperature, kept=allowed, use_reentrant=False)
-        for part, ids, allowed in zip(logits.split(rows), tokens.split(rows), kept_parts, strict=True)
-    ])  # fmt: skip
+        for part, ids, allowed in chunks
+    ]
+    return torch.cat(results).view_as(tokens)

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -28,6 +26,15 @@ from grpo_lab import checkpoints
 from grpo_lab.advantages import all_equal, discounted, group_advantages, group_std
 from grpo_lab.config import GRPOConfig
 from grpo_lab.data import Prompt, PromptOrder, Row, derived_seed, encode_prompt
+from grpo_lab.devices import (
+    autocast,
+    disable_dropout,
+    make_accelerator,
+    match_precision,
+    resolve_device,
+    resolve_precision,
+    trainable_in_float32,
+)
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
@@ -137,18 +144,18 @@ class GRPOTrainer:
                 "Load it a second time, or give None for a frozen copy."
             )
         self.output_dir = Path(config.output_dir)
-        self.accelerator = make_accelerator(config)
+        device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, device)
+        self.accelerator = make_accelerator(device, self.precision, config.trackers, config.output_dir)
         self.device = self.accelerator.device
 
         self._prepare_models(model, ref_model)
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights)
         for judge in self.rewards.models:
             judge.to(self.device)
-        self.end_ids, self.pad_id = end_token_ids(self._policy, tokenizer), pad_token_id(tokenizer)
+        self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
+        self._check_longest_prompts()
 
-        self.data_fingerprint = checkpoints.fingerprint(
-            self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset))
-        )
         self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
         rollouts = self.order.batches_per_epoch * config.num_epochs
         self.total_steps = config.max_steps or rollouts * config.num_iterations
@@ -158,11 +165,12 @@ class GRPOTrainer:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=self.total_steps
         )
+        self.optimizer = self.accelerator.prepare(optimizer)
 
+        self._fingerprints: dict[str, str] | None = None
         self.step = 0
         self.num_tokens = 0
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -183,7 +191,7 @@ class GRPOTrainer:
         while self.step < self.total_steps:
             began = time.perf_counter()
             if self.batch is None:
-                self.batch = self.collect(next(self.order))
+                self.batch = self._next_batch()
             metrics = self.update(self.batch)
             record = self._record(self.batch, metrics, time.perf_counter() - began)
             if self.batch.updates == self.config.num_iterations:
@@ -192,6 +200,14 @@ class GRPOTrainer:
             yield record
         self.save(self.output_dir / checkpoints.FINAL)
         self.accelerator.end_training()
+
+    def _next_batch(self) -> Batch:
+        position = self.order.state_dict()
+        try:
+            return self.collect(next(self.order))
+        except BaseException:
+            self.order.load_state_dict(position)  # whoever mends the fault and goes on loses no prompt
+            raise
 
     def collect(self, indices: Sequence[int]) -> Batch:
         """Sample K completions for each of these prompts, score them, and compare each with its group."""
@@ -236,13 +252,12 @@ class GRPOTrainer:
         tokens = sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)
         completions = sum(len(part.rollouts.ended) for part in batch.parts)
         sums = _Sums()
+        self.optimizer.zero_grad()  # whatever an interrupted step or an earlier cell left there
         self.model.train()
         for part in batch.parts:
             mask = part.rollouts.completion_mask
-            scores = completion_scores(
-                self.model, part.rollouts.input_ids, part.rollouts.attention_mask, part.rollouts.num_tokens,
-                temperature=config.temperature, kept=part.rollouts.kept,
-            )  # fmt: skip
+            with self._autocast():
+                scores = self._score_under(self.model, part.rollouts, completion_scores)
             terms = grpo_loss(
                 scores.logprobs,
                 part.old_logprobs,  # None at the first update: the policy is the one that sampled
@@ -266,6 +281,7 @@ class GRPOTrainer:
                 part.old_logprobs = scores.logprobs.detach()
             _add(sums, terms, scores, part, mask)
 
+        self.model.eval()  # as from_pretrained gave it
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self._step_optimizer()
         batch.updates += 1
@@ -288,21 +304,23 @@ class GRPOTrainer:
         return metrics
 
     def _step_optimizer(self) -> float:
+        scaler = self.accelerator.scaler
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
-        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a scaler skips by itself, and must see it
+        still_scaling = scaler is not None and scaler.get_scale() > 1
+        if math.isfinite(norm) or scaler is not None:  # a scaler skips by itself, and must see it
             self.optimizer.step()
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.scheduler.step()
         else:
-            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            self.skipped_steps += 1
+            self.skipped_in_a_row += not still_scaling  # fp16 finds its scale by trying
             if self.skipped_in_a_row >= self.config.max_skipped_steps:
                 raise ArithmeticError(
                     f"the gradient was not finite in {self.skipped_in_a_row} steps in a row (the last: step "
-                    f"{self.step + 1}). The weights are as they were before. Lower --learning-rate, or use "
-                    f"--precision bf16 or fp32 instead of {self.accelerator.mixed_precision}."
+                    f"{self.step + 1}). The weights are as they were before. Lower --learning-rate"
+                    f"{'' if self.precision == 'fp32' else f', or use --precision fp32 instead of {self.precision}'}."
                 )
-        self.optimizer.zero_grad()
         return norm
 
     # --- its parts -------------------------------------------------------------------------------------
@@ -314,9 +332,9 @@ class GRPOTrainer:
         input_ids, mask = left_pad(ids, self.pad_id)
         config = self.config
         settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
-        with evaluating(self._policy), self.accelerator.autocast():
+        with evaluating(self.model), self._autocast():
             return sample(
-                self._policy, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
+                self.model, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
                 uniforms=uniforms, end_ids=self.end_ids, pad_id=self.pad_id, **settings,
             )  # fmt: skip
 
@@ -325,16 +343,24 @@ class GRPOTrainer:
         ids, mask = rollouts.completion_ids.cpu(), rollouts.completion_mask.cpu()
         return self.tokenizer.batch_decode([i[m] for i, m in zip(ids, mask, strict=True)], skip_special_tokens=True)
 
-    @torch.no_grad()
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         """[B, T] log-probabilities in nats under the reference; None where kl_coef is 0: nothing is computed then."""
-        if self.ref_model is None:
-            return None
-        with evaluating(self.ref_model), self.accelerator.autocast():
-            return completion_logprobs(
-                self.ref_model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
-                temperature=self.config.temperature, kept=rollouts.kept,
-            )  # fmt: skip
+        return None if self.ref_model is None else self._logprobs_under(self.ref_model, rollouts)
+
+    @torch.no_grad()
+    def _logprobs_under(self, model: nn.Module, rollouts: Rollouts) -> Tensor:
+        with evaluating(model), self._autocast():
+            return self._score_under(model, rollouts, completion_logprobs)
+
+    def _score_under(self, model: nn.Module, rollouts: Rollouts, score):
+        """The one place that says how completions are scored: as they were sampled."""
+        return score(
+            model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
+            temperature=self.config.temperature, kept=rollouts.kept,
+        )  # fmt: skip
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.device, self.precision)
 
     def evaluate(self, dataset=None, *, num_generations: int | None = None) -> dict[str, float]:
         """How often is the answer right? Greedily, and sampled as in training; each with a 95 % interval.
@@ -350,8 +376,9 @@ class GRPOTrainer:
         K = num_generations or self.config.num_generations_per_prompt
         right: list[tuple[float, int]] = []
         rewards: list[float] = []
-        for start in range(0, len(dataset), self.config.prompts_per_step):
-            rows = [dataset[i] for i in range(start, min(start + self.config.prompts_per_step, len(dataset)))]
+        size = self.config.batch_size  # as much at a time as in training
+        for start in range(0, len(dataset), size):
+            rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
             uniforms = self._uniforms(len(rows) * K, "evaluate", start)
             greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)
             sampled = self._answer(rows, uniforms, K).view(-1, K)
@@ -369,7 +396,7 @@ class GRPOTrainer:
             result[f"eval/{name}"] = share
             result[f"eval/{name}_low"], result[f"eval/{name}_high"] = wilson_interval(share, n)
         scored = [r for r in rewards if not math.isnan(r)]
-        return result | {"eval/reward": math.fsum(scored) / max(len(scored), 1)}
+        return result | {"eval/reward": math.fsum(scored) / len(scored) if scored else math.nan}
 
     def examples(self, dataset, number: int = 3) -> list[dict[str, Any]]:
         """One sampled completion for each of the first prompts, always with the same random numbers, to be looked at.
@@ -399,7 +426,9 @@ class GRPOTrainer:
         rollouts = part.rollouts
         if self.config.kl_in == "loss" or part.ref_logprobs is None:
             return torch.zeros(len(rollouts.ended))
-        k1 = kl_estimate(rollouts.logprobs, part.ref_logprobs, rollouts.completion_mask, estimator="k1")
+        # both sides from the scorer: in half precision the sampler's rounding would pass for a reward
+        logprobs = self._logprobs_under(self.model, rollouts)
+        k1 = kl_estimate(logprobs, part.ref_logprobs, rollouts.completion_mask, estimator="k1")
         return self.config.kl_coef * k1.sum(1).cpu()
 
     def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
@@ -408,7 +437,7 @@ class GRPOTrainer:
         return torch.rand(rows, self.config.max_new_tokens, generator=generator)
 
     def _check_context(self, prompts: Sequence[Prompt], ids: list[list[int]]) -> None:
-        context = getattr(self._policy.config, "max_position_embeddings", None)
+        context = getattr(self.model.config, "max_position_embeddings", None)
         for prompt, tokens in zip(prompts, ids, strict=True):
             if context and len(tokens) + self.config.max_new_tokens > context:
                 raise ValueError(
@@ -417,10 +446,16 @@ class GRPOTrainer:
                     "Shorten the prompt or lower --max-new-tokens."
                 )
 
+    def _check_longest_prompts(self) -> None:
+        """Better now than after a thousand steps; the longest texts are nearly always the longest in tokens."""
+        prompts = [self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset))]
+        longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
+        self._check_context(longest, [encode_prompt(self.tokenizer, prompt) for prompt in longest])
+
     def _check_first_update(self, sums: _Sums) -> None:
         """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""
         self.first_check = {"ratio": math.expm1(sums.largest_difference), "kl": sums.largest_kl}
-        allowed = 1e-3 if self.accelerator.mixed_precision == "no" else 0.5  # half precision rounds by per cents
+        allowed = 1e-3 if self.precision == "fp32" else 0.5  # half precision rounds by per cents
         if self.first_check["ratio"] > allowed:
             warnings.warn(
                 f"right after sampling the ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
@@ -463,16 +498,19 @@ class GRPOTrainer:
         return history
 
     def _first_words(self) -> str:
-        kl = f", KL to the reference 0 ± {self.first_check['kl']:.1e}" if self.ref_model is not None else ""
-        return f"Checked at step 1: importance ratio 1 ± {self.first_check['ratio']:.1e}{kl}.\n{WHY_ZERO}"
+        words = f"Checked at step 1: importance ratio 1 ± {self.first_check['ratio']:.1e}"
+        if self.ref_model is not None:
+            kl = self.first_check["kl"]
+            words += f", KL to the reference {f'0 ± {kl:.1e}' if kl < 1e-3 else f'already up to {kl:.2g}'}"
+        sums_to_zero = self.config.baseline != "none" and self.config.surrogate == "clip"
+        return f"{words}.\n{WHY_ZERO}" if sums_to_zero else f"{words}."
 
     def _out_of_memory(self) -> str:
         config = self.config
         return OUT_OF_MEMORY.format(
             device=self.device, rows=config.batch_size * config.num_generations_per_prompt,
             length=config.max_new_tokens, batch_size=config.batch_size, k=config.num_generations_per_prompt,
-            precision={"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
-            output_dir=self.output_dir,
+            precision=self.precision, output_dir=self.output_dir,
         )  # fmt: skip
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
@@ -485,7 +523,10 @@ class GRPOTrainer:
 
     def _start(self, resume: bool | str | Path | None) -> None:
         if resume:
-            self._load_first(checkpoints.to_resume(self.output_dir, resume))
+            candidates = checkpoints.to_resume(self.output_dir, resume)
+            if candidates[0].resolve().parent != self.output_dir.resolve():  # goes on elsewhere: another run's folder?
+                checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
+            self._load_first(candidates)
             self.metrics_file.cut_after(self.step)
             self.completions_file.cut_after(self.step)
         elif self.step == 0:
@@ -537,7 +578,7 @@ class GRPOTrainer:
 
     def save(self, path: str | Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` loads and that a run can be resumed from."""
-        checkpoints.save(Path(path), self._policy, self.tokenizer, self._state())
+        checkpoints.save(Path(path), self.model, self.tokenizer, self._state())
 
     def _load_first(self, candidates: list[Path]) -> None:
         """Load the first that is not damaged; say so of those that are."""
@@ -553,8 +594,8 @@ class GRPOTrainer:
         """Go back to a checkpoint. Raises ValueError if it is damaged or was made with other settings or data."""
         path = Path(path)
         state = checkpoints.load_state(path)
-        checkpoints.check_same_run(state, self.config.to_dict(), self.data_fingerprint)
-        checkpoints.load_weights(self._policy, path)
+        checkpoints.check_same_run(state["run"], self._identity())
+        checkpoints.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
@@ -580,73 +621,42 @@ class GRPOTrainer:
             "batch": asdict(self.batch) if self.batch is not None else None,  # a rollout that is not used up
             "unlogged": self.unlogged,
             "random": checkpoints.random_state(),
-            "config": self.config.to_dict(),
-            "data": self.data_fingerprint,
+            "run": self._identity(),
         }
 
     # --- set-up ----------------------------------------------------------------------------------------
 
-    @property
-    def _policy(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
-
     def _prepare_models(self, model: nn.Module, ref_model: nn.Module | None) -> None:
-        self.model = model
-        _trainable_in_float32(model)
+        trainable_in_float32(model)
         if self.config.kl_coef == 0:
             ref_model = None  # what is not needed is neither kept on the device nor computed
         elif ref_model is None:
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
-            # in the policy's precision, so that the KL to an untouched reference is exactly 0
-            ref_model = ref_model.to(self.device, next(model.parameters()).dtype).requires_grad_(False)
-        self.ref_model = ref_model
+            match_precision(ref_model, model)  # so that the KL to an untouched reference is exactly 0
+            ref_model.requires_grad_(False).to(self.device)
+        self.ref_model, self.model = ref_model, model.to(self.device)
         if self.config.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         if self.config.gradient_checkpointing:
             # transformers renamed it in 5.2x; older versions know the second name only
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        if getattr(model, "generation_config", None) is not None:
+            try:
+                model.generation_config.validate(strict=True)
+            except ValueError:  # a temperature without sampling: transformers would refuse to save it, 500 steps on
+                model.generation_config.do_sample = True
 
-
-def make_accelerator(config: GRPOConfig) -> Accelerator:
-    """Device, precision and trackers from the config. Raises ValueError if the device is not there."""
-    device = resolve_device(config.device)
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        # accelerate keeps the first trainer's device and precision for ever; a notebook makes several trainers
-        AcceleratorState._reset_state(reset_partial_state=True)
-    precision = resolve_precision(config.precision, device)
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(config.trackers) or None,
-        project_dir=config.output_dir,
-    )
-
-
-def resolve_device(name: str) -> str:
-    """auto, cuda, cpu or mps -> the device to use. Raises ValueError, in plain words, if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, found in there.items() if found)
-    if name not in there:
-        raise ValueError(f"device must be auto, cuda, cpu or mps, got {name!r}.")
-    if not there[name]:
-        found = ", ".join(device for device, found in there.items() if found)
-        build = " (this PyTorch is built without CUDA)" if name == "cuda" and torch.version.cuda is None else ""
-        raise ValueError(f"there is no {name} device here{build}. Found: {found}. Use --device auto.")
-    return name
-
-
-def resolve_precision(name: str, device: str) -> str:
-    """auto, fp32, bf16 or fp16 -> the one to use. Raises ValueError for fp16 without CUDA."""
-    if name == "auto":
-        if device != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name == "fp16" and device != "cuda":
-        raise ValueError(f"precision fp16 needs CUDA (its loss scaling does), not {device}. Use bf16 or fp32.")
-    return name
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on as the same run."""
+        if self._fingerprints is None:  # once: a large reference takes seconds
+            self._fingerprints = {
+                "training data": checkpoints.fingerprint(self.train_dataset[i] for i in range(len(self.train_dataset))),
+                "reference model": checkpoints.weights_fingerprint(self.ref_model) if self.ref_model else "none",
+            }
+        resolved = {"precision": self.precision, "reward functions": self.rewards.names}
+        return self.config.to_dict() | resolved | self._fingerprints
 
 
 def _checked_dataset(dataset, name: str):
@@ -662,23 +672,6 @@ def _checked_dataset(dataset, name: str):
             f"{name} has a column {min(taken)!r}, the name of an argument of every reward function. Rename it."
         )
     return dataset
-
-
-def _trainable_in_float32(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    # Modules keep their rates as nn.Dropout.p or as plain numbers (attention_dropout) for functional calls.
-    # eval() would do it too, but would also turn off gradient checkpointing.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:

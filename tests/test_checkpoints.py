@@ -223,15 +223,15 @@ def test_a_run_only_goes_on_with_the_settings_and_data_it_had():
         report_to=("tensorboard",), device="cpu", gradient_checkpointing=True, max_skipped_steps=9,
         overwrite_output_dir=True, success_reward=0.5, wandb_project="p", wandb_run_name="r",
     )  # fmt: skip
-    saved = {"config": config.to_dict(), "data": "abc"}
-    check_same_run(saved, config.to_dict(), "abc")
-    check_same_run(saved, free.to_dict(), "abc")  # what changes nothing that is computed
+    saved = config.to_dict() | {"training data": "abc"}
+    check_same_run(saved, config.to_dict() | {"training data": "abc"})
+    check_same_run(saved, free.to_dict() | {"training data": "abc"})  # what changes nothing that is computed
     with pytest.raises(ValueError, match=r"as it was: kl_coef: 0\.1 -> 0\.2; seed: 0 -> 1\. Resume with the old ones"):
-        check_same_run(saved, config.replace(seed=1, kl_coef=0.2, logging_steps=1).to_dict(), "abc")
-    with pytest.raises(ValueError, match=r"as it was: the training prompts\. .*--model-name CHECKPOINT"):
-        check_same_run(saved, config.to_dict(), "abd")
+        check_same_run(saved, config.replace(seed=1, kl_coef=0.2, logging_steps=1).to_dict() | {"training data": "abc"})
+    with pytest.raises(ValueError, match=r"as it was: training data: abc -> abd\. .*--model-name CHECKPOINT"):
+        check_same_run(saved, config.to_dict() | {"training data": "abd"})
     with pytest.raises(ValueError, match=r"learning_rate: 1e-06 -> None; .*new_setting: None -> 1"):
-        check_same_run(saved, {"new_setting": 1}, "abc")
+        check_same_run(saved, {"new_setting": 1})
 
 
 def test_every_setting_is_either_free_or_checked():

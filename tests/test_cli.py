@@ -269,15 +269,3 @@ def test_a_reward_function_that_raises_is_named_and_the_traceback_is_one_flag_aw
     assert "the reward function 'bad' raised ZeroDivisionError" in complaint
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         train(*arguments, "--debug")
-
-
-# --- threads ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("max 100000", 8), ("100000 100000", 1), ("250000 100000", 2), ("50000 100000", 1)]
-)
-def test_threads_follow_the_containers_quota(monkeypatch, quota, cores):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda *_: quota + "\n")
-    assert cli.available_cores() == cores

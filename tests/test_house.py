@@ -16,7 +16,7 @@ PACKAGE = ROOT / "grpo_lab"
 FLOORS = [
     {"logprobs", "advantages", "kl", "losses", "rewards"},  # mathematics, and the reading of answers
     {"data", "sampling", "scoring", "reward_models"},  # prompts and models
-    {"config", "checkpoints", "reporting"},  # settings, and what is written
+    {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer"},
     {"pocket"},
     {"cli", "train_grpo"},

@@ -218,3 +218,27 @@ def test_a_broken_reward_function_is_named(judge, message):
 def test_what_cannot_judge_is_refused(judge, weights, error, message):
     with pytest.raises(error, match=message):
         Rewards(judge, make_tokenizer(), weights)
+
+
+def test_a_classifier_without_padding_judges_at_the_very_end(tokenizer):
+    """Its tokenizer pads with the end token, and the texts end in it: the last token must not count as padding."""
+    from grpo_lab import SequenceClassifierReward
+
+    model, tokenizer = classifier(pad_token_id=None), tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    tokenizer.pad_token = "<eos>"
+    chats = [[{"role": "user", "content": "1+1="}], [{"role": "user", "content": "2*3-1="}]]
+    got = SequenceClassifierReward(model, tokenizer)(chats, ["2", "5"])
+    for chat, answer, score in zip(chats, ["2", "5"], got, strict=True):
+        ids = tokenizer(f"{chat[0]['content']}<eos>{answer}<eos>", return_tensors="pt")["input_ids"]
+        hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
+        assert score == pytest.approx(model.score(hidden).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [1e16, -1e20, 1e39])
+def test_a_reward_whose_square_would_overflow_is_refused(tokenizer, reward):
+    def huge(prompts, completions):
+        return [reward] * len(completions)
+
+    with pytest.raises(ValueError, match=r"'huge' returned .* must be finite, and at most 1e"):
+        Rewards(huge, tokenizer)(["1+1="], ["2"], {})

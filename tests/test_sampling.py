@@ -224,10 +224,11 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
 
 
 @pytest.mark.parametrize(
-    ("pad", "eos", "expected"), [(5, 1, 5), (0, 1, 0), (None, 1, 1), (None, 0, 0), (None, None, 0)]
+    ("pad", "eos", "expected"), [(5, 1, 5), (0, 1, 0), (None, 1, 1), (None, 0, 0), (None, None, 0), (10**6, 1, 1)]
 )
 def test_any_tokenizer_has_something_to_pad_with(pad, eos, expected):
-    assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == expected
+    # a pad token that was added to the tokenizer alone, without a row in the model, would be out of range
+    assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos), tiny_model()) == expected
 
 
 @pytest.mark.parametrize(
@@ -247,3 +248,30 @@ def test_rollouts_travel_whole(model):
         assert moved.num_tokens == rollouts.num_tokens
         assert (moved.kept is None) == (rollouts.kept is None)
         assert torch.equal(moved.input_ids, rollouts.input_ids)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2", "Mamba"])
+def test_hybrid_models_are_sampled_too_and_recurrent_ones_refused_in_plain_words(name):
+    """A cache that is not only keys and values; sizes small enough to be made here."""
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 21, "hidden_size": 32, "num_hidden_layers": 4, "pad_token_id": 0, "eos_token_id": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+    extra = {
+        "Qwen3Next": heads | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+                              "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
+                              "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        "Lfm2": heads | {"layer_types": ["conv", "full_attention"] * 2},
+        "Mamba": {"state_size": 4},
+    }[name]  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**small | extra)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    ids, mask = left_pad([[3, 4, 5], [6, 7]], pad_id=0)
+    arguments = {"num_generations": 3, "uniforms": torch.rand(6, 5), "end_ids": [1], "pad_id": 0}
+    if name == "Mamba":
+        with pytest.raises(ValueError, match="MambaForCausalLM keeps no cache that can be repeated"):
+            sample(model, ids, mask, **arguments)
+        return
+    one = sample(model, ids[:1], mask[:1], **arguments | {"uniforms": arguments["uniforms"][:3]})
+    scored = completion_logprobs(model, one.input_ids, one.attention_mask, one.num_tokens)
+    torch.testing.assert_close(scored.where(one.completion_mask, 0.0), one.logprobs, atol=1e-4, rtol=0)

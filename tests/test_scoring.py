@@ -100,8 +100,8 @@ def test_gradient_flows_through_log_probabilities_and_not_through_entropies(mode
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize(("elements", "rows"), [(1, [1, 1, 1]), (2 * T * V, [2, 1]), (3 * T * V, [3])])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, rows, truncated):
+@pytest.mark.parametrize(("elements", "sizes"), [(1, [1] * 3 * T), (2 * T * V, [2 * T, T]), (3 * T * V, [3])])
+def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes, truncated):
     input_ids, mask = batch()
     kept = torch.stack([input_ids[:, -T:], input_ids[:, -T:] + 1], -1) if truncated else None
     seen, original = [], scoring.token_logprobs
@@ -121,7 +121,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, rows,
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(scoring, "token_logprobs", spy)
     forward, chunked, chunked_gradient = run()
-    assert forward == rows  # so many rows at a time, in order
+    assert forward == sizes  # so many positions at a time, in order; whole rows where all fits at once
     assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
     assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
     assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6)

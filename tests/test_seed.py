@@ -266,7 +266,7 @@ def test_each_piece_of_advice_is_a_flag_that_works(here, model_folder, advice, c
 
 def test_mixed_precision_is_one_word(here, tiny):
     run = trainer(tiny, lambda p, c: [0.0] * len(c), precision="bf16")
-    assert run.accelerator.mixed_precision == "bf16"
+    assert run.precision == "bf16"
 
 
 def test_no_value_network_is_made(here, tiny):

@@ -229,11 +229,31 @@ def test_kl_in_the_reward_is_the_log_ratio_of_the_whole_completion(tmp_path):
     )
     batch = run.collect([0, 1])
     part = batch.parts[0]
-    log_ratio = ((part.rollouts.logprobs - part.ref_logprobs) * part.rollouts.completion_mask).sum(1)
+    policy = run._logprobs_under(run.model, part.rollouts)
+    log_ratio = ((policy - part.ref_logprobs) * part.rollouts.completion_mask).sum(1)
     rewards = torch.tensor([row["reward"] for row in batch.completions]) - 0.5 * log_ratio
     assert part.advantages.tolist() == pytest.approx(
         group_advantages(rewards.view(2, 4), scale="none").flatten().tolist()
     )
+
+
+def test_kl_in_the_reward_of_an_untouched_reference_is_no_reward_in_half_precision_either(tmp_path):
+    in_reward = {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 1.0, "precision": "bf16"}
+    run = make_trainer(tmp_path, reward=lambda prompts, completions: [1.0] * len(completions), **in_reward)
+    assert run.collect([0, 1]).parts[0].advantages.tolist() == [0.0] * 8
+
+
+def test_the_sentence_about_the_loss_is_only_said_where_it_is_true(tmp_path, capsys):
+    plain = {"baseline": "none", "scale_rewards": "none"}
+    for settings, true in (({}, True), (plain, False), ({"surrogate": "cispo"}, False)):
+        make_trainer(tmp_path, max_steps=1, **settings).train()
+        assert ("hovers around 0" in capsys.readouterr().out) == true
+
+
+def test_an_invalid_generation_config_does_not_stop_the_first_save(tmp_path):
+    model = tiny_model()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    make_trainer(tmp_path, model=model, save_steps=1, max_steps=1).train()
 
 
 def test_a_bad_reward_function_stops_the_run_and_leaves_what_was_written(tmp_path):
@@ -374,6 +394,7 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
             signal.raise_signal(signal.SIGINT)  # in the middle of the second step
         return likes_threes(prompts, completions)
 
+    impatient.__name__ = "likes_threes"  # a run only goes on with the reward functions it had
     stopped = make_trainer(tmp_path / "stopped", max_steps=4, reward=impatient)
     with pytest.raises(KeyboardInterrupt, match="checkpoint-2"):
         stopped.train()
@@ -381,6 +402,29 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
     resumed = make_trainer(tmp_path / "stopped", max_steps=4)
     resumed.train(resume=True)
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_gradients_left_by_others_are_not_added(tmp_path):
+    clean, dirty = make_trainer(tmp_path), make_trainer(tmp_path)
+    next(iter(dirty.model.parameters())).grad = torch.ones_like(next(iter(dirty.model.parameters())))
+    assert clean.update(clean.collect([0, 1]))["grad_norm"] == dirty.update(dirty.collect([0, 1]))["grad_norm"]
+
+
+def test_a_fault_while_collecting_loses_no_prompt(tmp_path):
+    seen, calls = [], []
+
+    def fails_once(prompts, completions):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no connection")
+        seen.extend(prompts)
+        return likes_threes(prompts, completions)
+
+    run = make_trainer(tmp_path, reward=fails_once)
+    with pytest.raises(ValueError, match="no connection"):
+        list(run.steps())
+    list(run.steps())
+    assert set(seen) == set(PROMPTS)
 
 
 def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch):
@@ -395,9 +439,8 @@ def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch):
 
 
 def test_a_prompt_longer_than_the_context_is_named(tmp_path):
-    run = make_trainer(tmp_path, prompts=["1+" * 40], max_steps=1)
-    with pytest.raises(ValueError, match=r"80 tokens.*context of 64.*Shorten"):
-        run.train()
+    with pytest.raises(ValueError, match=r"80 tokens.*context of 64.*Shorten"):  # before the first step
+        make_trainer(tmp_path, prompts=[*PROMPTS, "1+" * 40])
 
 
 @pytest.mark.parametrize(
@@ -446,11 +489,14 @@ def test_half_precision_weights_are_trained_in_float32(tmp_path):
     assert run.first_check["kl"] == 0
 
 
-def test_bf16_arithmetic_trains_on_the_cpu_too(tmp_path):
-    run = make_trainer(tmp_path, precision="bf16", max_steps=2)
+def test_bf16_arithmetic_trains_on_the_cpu_too_and_stays_with_its_trainer(tmp_path):
+    run = make_trainer(tmp_path / "half", precision="bf16", max_steps=2)
     before = weights(run)
+    full = make_trainer(tmp_path / "full", model=run.model, max_steps=1)  # made between, on the same model
     records = list(run.steps())
-    assert run.accelerator.mixed_precision == "bf16"
+    assert (run.precision, full.precision) == ("bf16", "fp32")
+    logits = run.model(torch.tensor([[5, 6, 7]])).logits
+    assert not torch.equal(logits, logits.bfloat16().float())  # the model itself is not left in bf16
     assert 0 < records[0].metrics["sampling/sampling_logp_difference/max"] < 0.5
     assert not torch.equal(before, weights(run))
 
@@ -530,5 +576,43 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     list(make_trainer(tmp_path, save_steps=1).steps())
     with pytest.raises(ValueError, match=r"clip_range: 0.2 -> 0.3"):
         make_trainer(tmp_path, clip_range=0.3).train(resume=True)
-    with pytest.raises(ValueError, match="the training prompts"):
+    with pytest.raises(ValueError, match=r"training data: \w+ -> \w+"):
         make_trainer(tmp_path, prompts=PROMPTS[:-1]).train(resume=True)
+    with pytest.raises(ValueError, match=r"training data: \w+ -> \w+"):
+        make_trainer(tmp_path, prompts=SimplePromptDataset(PROMPTS, answer=PROMPTS)).train(resume=True)
+    with pytest.raises(ValueError, match="reward functions"):
+        make_trainer(tmp_path, reward=lambda prompts, completions: [0.0] * len(completions)).train(resume=True)
+
+
+def test_a_model_that_has_moved_cannot_stand_in_for_the_reference(tmp_path):
+    model = tiny_model()
+    first = make_trainer(tmp_path, model=model, save_steps=1)
+    next(first.steps())
+    with pytest.raises(ValueError, match="reference model"):  # its frozen copy would be of the trained weights
+        make_trainer(tmp_path, model=model).train(resume=True)
+
+
+def test_resuming_from_elsewhere_begins_a_folder_of_its_own(tmp_path):
+    whole = make_trainer(tmp_path / "a", save_steps=2)
+    whole.train()
+    other = make_trainer(tmp_path / "b")
+    other.train(resume=tmp_path / "a" / "checkpoint-2")
+    assert [row["step"] for row in other.metrics_file.read()] == [3]
+    assert torch.equal(weights(whole), weights(other))
+    with pytest.raises(ValueError, match="results of another run"):
+        make_trainer(tmp_path / "b", overwrite_output_dir=False).train(resume=tmp_path / "a" / "checkpoint-2")
+
+
+def test_frozen_weights_in_half_precision_come_back_as_they_were(tmp_path):
+    def model():
+        half = tiny_model(tie_word_embeddings=False).bfloat16()
+        half.model.embed_tokens.weight.requires_grad_(False)
+        return half
+
+    whole = make_trainer(tmp_path / "whole", model=model(), save_steps=1)
+    whole.train()
+    resumed = make_trainer(tmp_path / "whole", model=model())
+    resumed.train(resume=tmp_path / "whole" / "checkpoint-1")
+    assert {p.dtype for p in resumed.model.parameters()} == {torch.float32, torch.bfloat16}
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,114 @@
+"""Where a model computes, and how precisely: device, precision, threads, dropout."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+SMALL_MODEL = 10_000_000  # weights
+
+
+def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], folder: str) -> Accelerator:
+    """accelerate's handle on the device, the scaling of fp16 losses, and the trackers.
+
+    The model itself is not handed to it: `autocast` below says what is computed in half precision, so that
+    logits are not turned into float32 all at once, and the user's model stays as it was.
+
+    Raises: ValueError if started in several processes, which is not supported yet.
+    """
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps the first trainer's device and precision for ever; a notebook makes several trainers
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="fp16" if precision == "fp16" else "no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(f"training uses one process, but {accelerator.num_processes} were started. Use no launcher.")
+    return accelerator
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which matrix products run in bf16 or fp16; in fp32 it changes nothing."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=half, enabled=half is not None)
+
+
+def resolve_device(name: str) -> str:
+    """auto, cuda, cpu or mps -> the device to use. Raises ValueError, in plain words, if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    if name not in there:
+        raise ValueError(f"device must be auto, cuda, cpu or mps, got {name!r}.")
+    if not there[name]:
+        found = ", ".join(device for device, found in there.items() if found)
+        build = " (this PyTorch is built without CUDA)" if name == "cuda" and torch.version.cuda is None else ""
+        raise ValueError(f"there is no {name} device here{build}. Found: {found}. Use --device auto.")
+    return name
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """auto, fp32, bf16 or fp16 -> the one to use. Raises ValueError for fp16 without CUDA."""
+    if name == "auto":
+        if device != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and device != "cuda":
+        raise ValueError(f"precision fp16 needs CUDA (its loss scaling does), not {device}. Use bf16 or fp32.")
+    return name
+
+
+def trainable_in_float32(model: nn.Module) -> None:
+    """Turn trained weights in half precision into float32: at usual learning rates an update would be rounded away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def match_precision(model: nn.Module, other: nn.Module) -> None:
+    """Give the model's weights the precision that the same weights have in the other; buffers stay as they are."""
+    wanted = {name: parameter.dtype for name, parameter in other.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(wanted.get(name, parameter.dtype))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: nn.Dropout, and the plain numbers that attention layers keep for functional calls.
+
+    eval() would do it too, but would also turn off gradient checkpointing.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def threads_for(model: nn.Module) -> int:
+    """One thread for a small model, else one for each core.
+
+    The matrices of the pocket model are too small to share: two threads gain nothing on two idle cores, and
+    where another program wants a core too, one waits for the other (measured: 15 times slower).
+    """
+    return 1 if sum(p.numel() for p in model.parameters()) < SMALL_MODEL else available_cores()
+
+
+def available_cores() -> int:
+    """The cores that this process really has: its CPU set, and the quota of its container.
+
+    A container with half a core sees all of the machine's; two threads on one busy core are many times
+    slower than one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
+        return cores

@@ -1,0 +1,71 @@
+"""Devices, precision and threads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from grpo_lab import devices
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("100000 100000", 1), ("250000 100000", 2), ("50000 100000", 1)]
+)
+def test_threads_follow_the_containers_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda *_: quota + "\n")
+    assert devices.available_cores() == cores
+
+
+def test_a_small_model_gets_one_thread_and_a_large_one_all_cores(monkeypatch):
+    monkeypatch.setattr(devices, "available_cores", lambda: 4)
+    assert devices.threads_for(nn.Linear(10, 10)) == 1
+    assert devices.threads_for(nn.Linear(4000, 4000)) == 4
+
+
+def test_auto_precision_is_half_only_where_the_gpu_can(monkeypatch):
+    assert devices.resolve_precision("auto", "cpu") == devices.resolve_precision("auto", "mps") == "fp32"
+    for real, expected in ((True, "bf16"), (False, "fp16")):
+        # a T4 emulates bf16: it says yes unless it is asked not to count that
+        def supported(including_emulation=True, real=real):
+            return including_emulation or real
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert devices.resolve_precision("auto", "cuda") == expected
+
+
+def test_autocast_computes_in_half_precision_and_fp32_in_full():
+    product = nn.Linear(4, 4)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with devices.autocast(torch.device("cpu"), precision):
+            assert product(torch.ones(1, 4)).dtype == dtype
+
+
+def test_an_update_at_a_usual_learning_rate_is_lost_in_bf16_and_kept_in_float32():
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    lost = model.weight.data - 1e-6  # what Adam subtracts at learning rate 1e-6
+    assert lost.item() == 1.0
+    devices.trainable_in_float32(model)
+    assert (model.weight.data - 1e-6).item() < 1.0
+
+
+def test_frozen_weights_keep_their_precision_and_buffers_theirs():
+    policy = tiny_model().bfloat16()
+    policy.model.embed_tokens.weight.requires_grad_(False)
+    devices.trainable_in_float32(policy)
+    reference = tiny_model()
+    devices.match_precision(reference, policy)
+    assert reference.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert reference.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert reference.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_every_kind_of_dropout_is_found():
+    model = tiny_model(attention_dropout=0.5)
+    model.extra = nn.Dropout(0.3)
+    devices.disable_dropout(model)
+    assert model.extra.p == model.model.layers[0].self_attn.attention_dropout == 0.0
+    assert model.config.attention_dropout == 0.5  # what is saved still says how it was made
