@@ -45,8 +45,12 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
         folder: replaced if it exists.
         model, tokenizer: written by their own `save_pretrained`.
         state: tensors and plain values.
-    Raises: OSError if it cannot be written; what stood there before is then untouched.
+    Raises: OSError if it cannot be written, ValueError if the folder holds anything but a checkpoint; what
+        stood there before is then untouched.
     """
+    folder = folder.resolve()
+    if folder.exists() and not (folder / STATE_FILE).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files, which saving there would remove. Name a new folder.")
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -126,7 +130,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     try:
         with without_progress_bars():  # float32 holds what was saved in any precision; each weight is cast to its own
             saved, report = type(model).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, config=model.config, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
             raise ValueError(f"no weights for {', '.join(missing[:3])}")
@@ -168,6 +172,13 @@ def to_resume(output_dir: Path, resume: bool | str | Path) -> list[Path]:
     return checkpoints
 
 
+def forget_after(output_dir: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: a run that goes on from an earlier one will make them again."""
+    for later in all_checkpoints(output_dir):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(_hide(later))
+
+
 def prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond the limit."""
     for old in all_checkpoints(output_dir)[:-limit] if limit else ():
@@ -177,9 +188,10 @@ def prune(output_dir: Path, limit: int | None) -> None:
 def refuse_results(output_dir: Path) -> None:
     """Raises ValueError, with the ways to go on, if the folder holds the results of a run."""
     if results := _results(output_dir):
+        go_on = "Go on with it: --resume (resume=True). " if all_checkpoints(output_dir) else ""
         raise ValueError(
-            f"{output_dir} holds the results of another run ({results[0].name}). "
-            "Go on with it: --resume. Replace it: --overwrite-output-dir. Keep it: another --output-dir."
+            f"{output_dir} holds the results of another run ({results[0].name}). {go_on}"
+            "Replace it: --overwrite-output-dir (overwrite_output_dir=True). Keep it: another --output-dir."
         )
 
 

@@ -6,12 +6,15 @@ they are needed, so that `--help` answers at once.
 
 import argparse
 import importlib.util
+import io
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from grpo_lab import __version__
 from grpo_lab.config import PRESETS, GRPOConfig, field_types
 
 ALIASES = {"num_generations_per_prompt": ["--num-generations"]}  # the first is the one shown
@@ -20,9 +23,14 @@ EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ArithmeticError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. What a user can mend is said in one sentence, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a model writes may not exist in the terminal's alphabet
     options = make_parser().parse_args(arguments)
     try:
-        return options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return options.command(options)
     except KeyboardInterrupt as interrupt:
         print(f"\ngrpo-lab: stopped{_and_how_to_go_on(interrupt)}.", file=sys.stderr)
         return 130
@@ -31,6 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"grpo-lab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:  # a fault of ours, or of a library
+        if options.debug:
+            raise
+        words = " ".join(str(error).split())[:300]
+        print(f"grpo-lab: unexpected {type(error).__name__}: {words} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"grpo-lab: {' '.join(str(message).split())}", file=sys.stderr)  # above the bar, not into it
 
 
 def _and_how_to_go_on(interrupt: KeyboardInterrupt) -> str:
@@ -42,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-lab", description="Group Relative Policy Optimization, to learn and to use."
     )
+    parser.add_argument("--version", action="version", version=f"grpo-lab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
@@ -75,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a sequence-classification model with one output: a Hub id or a folder; "
         "without any reward, the policy itself judges, as a demonstration",
     )
-    run.add_argument("--preset", choices=["pocket", *PRESETS], help="settings to start from; explicit flags win")
+    run.add_argument("--preset", choices=list(PRESETS), help="settings to start from; explicit flags win")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -95,7 +116,9 @@ def _add_settings(group) -> None:
         flags = [*ALIASES.get(field.name, []), "--" + field.name.replace("_", "-")]
         accepted, words = types[field.name]
         text = docs[field.name].replace("%", "%%")
-        if field.default is not MISSING and field.default not in (None, (), False):
+        if field.default is not MISSING and not (
+            field.default is None or field.default == () or field.default is False
+        ):
             text += f" (default: {field.default})"
         keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if bool in accepted:
@@ -187,7 +210,22 @@ def _load(name: str, trust_remote_code: bool):
 
     _check_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code), tokenizer
+    return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code), tokenizer
+
+
+def _load_whole(kind, name: str, **settings):
+    """A model with all its weights: transformers would fill in missing ones with random numbers."""
+    try:
+        model, report = kind.from_pretrained(name, output_loading_info=True, **settings)
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"could not load the model {name} ({type(error).__name__}: {first_line[:200]}). "
+            "Is it complete? Without a network, give a folder that holds it."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not a model of this kind.")
+    return model
 
 
 def _check_folder(name: str) -> None:
@@ -201,13 +239,16 @@ def _check_folder(name: str) -> None:
 def _rewards(options: argparse.Namespace, model, is_pocket: bool) -> list:
     judges = [named_reward(name) for name in options.reward or ()]
     if options.reward_model:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         from grpo_lab.reward_models import SequenceClassifierReward
 
         _check_folder(options.reward_model)
         tokenizer = AutoTokenizer.from_pretrained(options.reward_model)
-        judge = AutoModelForSequenceClassification.from_pretrained(options.reward_model, num_labels=1)
+        labels = AutoConfig.from_pretrained(options.reward_model).num_labels
+        if labels != 1:
+            raise ValueError(f"a reward model needs one output, {options.reward_model} has {labels}.")
+        judge = _load_whole(AutoModelForSequenceClassification, options.reward_model)
         judges.append(SequenceClassifierReward(judge, tokenizer))
     if not judges:
         judges = [named_reward("countdown") if is_pocket and not options.dataset else model]
@@ -230,7 +271,11 @@ def named_reward(name: str):
         raise ValueError(f"there is no file {file} to take the reward {function!r} from.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside itself
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}.")
     return getattr(module, function)
@@ -247,10 +292,11 @@ def _headline(trainer, name: str) -> str:
 
 def _sizes(trainer) -> str:
     config = trainer.config
+    prompts = min(config.prompts_per_step, len(trainer.train_dataset))
     return (
         f"{len(trainer.train_dataset)} prompts · {trainer.total_steps} optimizer steps of "
-        f"{config.prompts_per_step} prompts × {config.num_generations_per_prompt} completions "
-        f"= {config.completions_per_step}"
+        f"{prompts} prompts × {config.num_generations_per_prompt} completions "
+        f"= {prompts * config.num_generations_per_prompt}"
     )
 
 
@@ -263,6 +309,7 @@ def _show(trainer, dataset, when: str) -> float | None:
     if trainer.eval_dataset is None:
         return None
     scores = trainer.evaluate()
+    print(f"  mean reward: {scores['eval/reward']:.3f}")
     K = trainer.config.num_generations_per_prompt
     for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}")):
         low, high = scores[f"eval/{key}_low"], scores[f"eval/{key}_high"]

@@ -6,6 +6,7 @@ The docstring under a field is its only documentation: the command line's help i
 import ast
 import inspect
 import math
+import os
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -134,7 +135,11 @@ class GRPOConfig:
                 continue
             inside = (low <= value if low_is_allowed else low < value) and value <= high
             if not inside or math.isnan(value):
-                raise ValueError(f"{name} must be {_words(low, high, low_is_allowed)}, got {value}.")
+                raise ValueError(f"{name} must be {_words(low, high, low_is_allowed, value)}, got {value}.")
+        if self.temperature < 0.01:
+            raise ValueError(
+                f"temperature must be at least 0.01, got {self.temperature}: use top_k=1 to sample greedily."
+            )
         if self.num_generations_per_prompt < 2:
             raise ValueError(
                 f"num_generations_per_prompt must be at least 2, got {self.num_generations_per_prompt}: "
@@ -237,9 +242,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
-def _words(low: float, high: float, low_is_allowed: bool) -> str:
+def _words(low: float, high: float, low_is_allowed: bool, value: float) -> str:
     at_least = f"at least {low:g}" if low_is_allowed else f"greater than {low:g}"
-    return at_least if high > 1e5 else f"{at_least} and at most {high:g}"
+    if value <= high and high > 1e5:  # a limit so high is worth a word only to who has passed it
+        return at_least
+    return f"{at_least} and at most {high:.12g}" if math.isfinite(high) else f"{at_least} and finite"
 
 
 @cache
@@ -264,6 +271,8 @@ def _checked(name: str, value: Any) -> Any:
     types, words = field_types()[name]
     if words and value not in words:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}.")
+    if str in types and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if tuple in types and isinstance(value, list):
         value = tuple(value)
     is_number_for_float = float in types and isinstance(value, int) and not isinstance(value, bool)
@@ -302,6 +311,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pocket": {
         "num_generations_per_prompt": 8, "max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "learning_rate": 6e-4, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100, "warmup_steps": 5,
-        "kl_coef": 0.02, "logging_steps": 1,
+        "kl_coef": 0.02, "logging_steps": 1, "save_steps": 50,
     },
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Prompts: the dataset class, files, the built-in Countdown task, and an order that can be saved."""
 
+import glob
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class SimplePromptDataset:
     def __init__(self, prompts: Sequence[Prompt], **columns: Sequence):
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, got one string. One prompt? Use [prompt].")
+        for name, values in columns.items():
+            if isinstance(values, str):
+                raise TypeError(f"column {name!r} must be a list with one value per prompt, got one string.")
         self.columns = {"prompt": list(prompts), **{name: list(values) for name, values in columns.items()}}
         if "prompt" in columns:
             raise ValueError('the column "prompt" is that of the prompts themselves: give the other one another name.')
@@ -61,11 +65,11 @@ def check_prompt(prompt: Any, index: int) -> None:
     is_chat = (
         isinstance(prompt, list)
         and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) and isinstance(m["content"], str) for m in prompt)
     )
     if not isinstance(prompt, str) and not is_chat:
         raise TypeError(
-            f'prompt {index} must be a string or a list of {{"role": ..., "content": ...}}, got {str(prompt)[:80]!r}.'
+            f'prompt {index} must be a string or a list of {{"role": ..., "content": text}}, got {repr(prompt)[:80]}.'
         )
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError(f"prompt {index} is empty.")
@@ -100,16 +104,19 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
         split: of a Hub dataset.
     Raises: ValueError that names the file and the problem.
     """
-    import datasets  # an optional dependency, and slow to import
+    try:
+        import datasets  # an optional dependency, and slow to import
+    except ImportError:
+        raise ValueError("reading datasets needs one more package: pip install -c constraints.txt datasets") from None
 
-    path = Path(name)
+    path = Path(name).expanduser()
     kind = FILE_FORMATS.get(path.suffix.lower())
     if kind is not None:
         if not path.is_file():
             raise ValueError(f"there is no file {name}.")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} is empty: at least one prompt is needed.")
-        where = {"path": kind, "data_files": str(path), "split": "train"}
+        where = {"path": kind, "data_files": glob.escape(str(path)), "split": "train"}
     else:
         hub_id, _, config = name.partition(":")
         where = {"path": hub_id, "name": config or None, "split": split}

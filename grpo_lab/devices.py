@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 SMALL_MODEL = 10_000_000  # weights
@@ -19,6 +20,9 @@ def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], fol
 
     Raises: ValueError if started in several processes, which is not supported yet.
     """
+    available = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
+    if missing := [tracker for tracker in trackers if tracker not in available]:
+        raise ValueError(f"the tracker {missing[0]!r} is not installed. Installed: {', '.join(available) or 'none'}.")
     if PartialState._shared_state and PartialState().num_processes == 1:
         # accelerate keeps the first trainer's device and precision for ever; a notebook makes several trainers
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -56,7 +56,7 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a last line that was cut off by a crash does not count."""
+        """All rows; a line that is damaged or was cut off by a crash does not count."""
         if not self.path.exists():
             return []
         rows = []
@@ -65,7 +65,7 @@ class JsonLines:
             try:
                 rows.append(json.loads(line))
             except ValueError:  # cut off, perhaps in the middle of a character
-                break
+                continue
         return rows
 
     def cut_after(self, step: int) -> None:

@@ -160,6 +160,8 @@ class Rewards:
         }
         stacked = torch.stack(list(parts.values()))  # [functions, B]
         weighted = (stacked * torch.tensor(self.weights)[:, None]).nansum(0)
+        if (weighted.abs() > LARGEST_REWARD).any():
+            raise ValueError(f"the weighted sum of the rewards is beyond {LARGEST_REWARD:g}: lower reward_weights.")
         return Scored(weighted.where(~stacked.isnan().all(0), torch.nan), parts)
 
 
@@ -199,6 +201,10 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
 def _wanted(function: Callable, columns: dict[str, list]) -> dict[str, list]:
     """The columns that the function takes: all with **columns, else those it names."""
     parameters = inspect.signature(function).parameters
+    for name, parameter in list(parameters.items())[2:]:
+        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # by position or keyword
+        if needed and name not in columns:
+            raise LookupError(f"it needs the column {name!r}, and the dataset has {', '.join(['prompt', *columns])}")
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return columns
     return {name: values for name, values in columns.items() if name in parameters}

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from transformers import get_scheduler
 from grpo_lab import checkpoints
 from grpo_lab.advantages import all_equal, discounted, group_advantages, group_std
 from grpo_lab.config import GRPOConfig
-from grpo_lab.data import Prompt, PromptOrder, Row, derived_seed, encode_prompt
+from grpo_lab.data import (
+    Prompt,
+    PromptOrder,
+    Row,
+    SimplePromptDataset,
+    check_prompt,
+    derived_seed,
+    encode_prompt,
+)
 from grpo_lab.devices import (
     autocast,
     disable_dropout,
@@ -223,6 +231,8 @@ class GRPOTrainer:
             parts.append(MicroBatch(rollouts, self.reference_logprobs(rollouts)))
 
         rewards = torch.cat([s.total for s in scored])
+        if rewards.isnan().all():
+            raise ValueError("no reward function scored any completion of this step: all returned None or NaN.")
         penalised = rewards - torch.cat([self._kl_in_reward(part) for part in parts])
         advantages = group_advantages(
             penalised.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
@@ -374,6 +384,10 @@ class GRPOTrainer:
         """
         dataset = _checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
         K = num_generations or self.config.num_generations_per_prompt
+        with self._memory():
+            return self._evaluate(dataset, K)
+
+    def _evaluate(self, dataset, K: int) -> dict[str, float]:
         right: list[tuple[float, int]] = []
         rewards: list[float] = []
         size = self.config.batch_size  # as much at a time as in training
@@ -438,7 +452,13 @@ class GRPOTrainer:
 
     def _check_context(self, prompts: Sequence[Prompt], ids: list[list[int]]) -> None:
         context = getattr(self.model.config, "max_position_embeddings", None)
+        known = self.model.get_input_embeddings().weight.shape[0]
         for prompt, tokens in zip(prompts, ids, strict=True):
+            if max(tokens) >= known:
+                raise ValueError(
+                    f"the tokenizer gives token {max(tokens)} for {str(prompt)[:60]!r}, but the model knows only "
+                    f"{known}. Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))."
+                )
             if context and len(tokens) + self.config.max_new_tokens > context:
                 raise ValueError(
                     f"a prompt of {len(tokens)} tokens and max_new_tokens {self.config.max_new_tokens} do not fit "
@@ -454,6 +474,10 @@ class GRPOTrainer:
 
     def _check_first_update(self, sums: _Sums) -> None:
         """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""
+        if not math.isfinite(sums.difference + sums.kl):
+            raise ArithmeticError(
+                "log-probabilities are not finite: the weights of the model or reference are damaged."
+            )
         self.first_check = {"ratio": math.expm1(sums.largest_difference), "kl": sums.largest_kl}
         allowed = 1e-3 if self.precision == "fp32" else 0.5  # half precision rounds by per cents
         if self.first_check["ratio"] > allowed:
@@ -478,6 +502,7 @@ class GRPOTrainer:
 
         try:
             with (
+                self._memory(),
                 tqdm(total=self.total_steps, unit="step", dynamic_ncols=True) as bar,
                 _interrupt_between_steps() as interrupted,
             ):
@@ -486,13 +511,16 @@ class GRPOTrainer:
                         bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
                     bar.update(record.step - bar.n)
                     bar.set_postfix_str(_few_words(record.metrics))
+                    if bar.initial == record.step - 1 > 0:
+                        bar.write(f"Resumed after step {bar.initial}.")
                     if record.step == 1:
                         bar.write(self._first_words())
                     if interrupted and record.step < self.total_steps:
                         self.save(self.output_dir / f"checkpoint-{record.step}")
                         raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(self._out_of_memory()) from error
+        except Exception:
+            self._save_what_there_is()
+            raise
         history = self.metrics_file.read()
         self._draw(history)
         return history
@@ -505,13 +533,28 @@ class GRPOTrainer:
         sums_to_zero = self.config.baseline != "none" and self.config.surrogate == "clip"
         return f"{words}.\n{WHY_ZERO}" if sums_to_zero else f"{words}."
 
-    def _out_of_memory(self) -> str:
-        config = self.config
-        return OUT_OF_MEMORY.format(
-            device=self.device, rows=config.batch_size * config.num_generations_per_prompt,
-            length=config.max_new_tokens, batch_size=config.batch_size, k=config.num_generations_per_prompt,
-            precision=self.precision, output_dir=self.output_dir,
-        )  # fmt: skip
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Out of memory, on whatever device, becomes a MemoryError that says what to lower."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            config = self.config
+            words = OUT_OF_MEMORY.format(
+                device=self.device, rows=config.batch_size * config.num_generations_per_prompt,
+                length=config.max_new_tokens, batch_size=config.batch_size, k=config.num_generations_per_prompt,
+                precision=self.precision, output_dir=self.output_dir,
+            )  # fmt: skip
+            raise MemoryError(words) from error
+
+    def _save_what_there_is(self) -> None:
+        """After a fault the state is that of the last whole step: keep it, unless it has been saved."""
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        if self.step and not folder.exists():
+            with suppress(Exception):  # the fault itself is what matters
+                self.save(folder)
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
         try:
@@ -527,6 +570,7 @@ class GRPOTrainer:
             if candidates[0].resolve().parent != self.output_dir.resolve():  # goes on elsewhere: another run's folder?
                 checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
             self._load_first(candidates)
+            checkpoints.forget_after(self.output_dir, self.step)
             self.metrics_file.cut_after(self.step)
             self.completions_file.cut_after(self.step)
         elif self.step == 0:
@@ -594,6 +638,12 @@ class GRPOTrainer:
         """Go back to a checkpoint. Raises ValueError if it is damaged or was made with other settings or data."""
         path = Path(path)
         state = checkpoints.load_state(path)
+        try:
+            self._restore(path, state)
+        except (KeyError, TypeError, AttributeError) as error:  # a state that was made by other hands
+            raise checkpoints.DamagedCheckpointError(f"the checkpoint {path} lacks something: {error!r}.") from error
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
         checkpoints.check_same_run(state["run"], self._identity())
         checkpoints.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -633,6 +683,9 @@ class GRPOTrainer:
         elif ref_model is None:
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
+            sizes = [m.get_input_embeddings().weight.shape[0] for m in (model, ref_model)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"model and ref_model must share a vocabulary, got {sizes[0]} and {sizes[1]} tokens.")
             match_precision(ref_model, model)  # so that the KL to an untouched reference is exactly 0
             ref_model.requires_grad_(False).to(self.device)
         self.ref_model, self.model = ref_model, model.to(self.device)
@@ -667,6 +720,9 @@ def _checked_dataset(dataset, name: str):
     if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
         found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
         raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
+    if not isinstance(dataset, SimplePromptDataset):  # that class has looked already
+        for index, prompt in enumerate(dataset["prompt"]):
+            check_prompt(prompt, index)
     if taken := {"prompts", "completions"} & set(dataset[0]):
         raise ValueError(
             f"{name} has a column {min(taken)!r}, the name of an argument of every reward function. Rename it."
@@ -721,6 +777,7 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
 
     def note(number: int, _frame) -> None:
         received.append(number)
+        print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, note)

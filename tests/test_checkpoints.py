@@ -188,7 +188,8 @@ def test_the_results_of_another_run_are_only_replaced_on_demand(tmp_path, result
         (tmp_path / result).mkdir()
         (tmp_path / result / STATE_FILE).touch()
     (tmp_path / "notes.txt").touch()
-    cure = rf"another run \({result}\)\. Go on with it: --resume\. Replace it: --overwrite-output-dir\. Keep it: "
+    go_on = r"Go on with it: --resume \(resume=True\)\. " if result == "checkpoint-3" else ""
+    cure = rf"another run \({result}\)\. {go_on}Replace it: --overwrite-output-dir .*\. Keep it: "
     with pytest.raises(ValueError, match=cure):
         checkpoints.prepare_output(tmp_path, overwrite=False)
     assert (tmp_path / result).exists()

@@ -18,7 +18,7 @@ FLOORS = [
     {"data", "sampling", "scoring", "reward_models"},  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer"},
-    {"pocket"},
+    {"pocket", "checks"},
     {"cli", "train_grpo"},
 ]
 MATHEMATICS = ("logprobs", "advantages", "kl", "losses")

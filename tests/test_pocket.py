@@ -100,5 +100,5 @@ def test_the_default_run_learns(tmp_path, capsys):
     assert greedy[1] >= max(0.85, greedy[0])
     assert "Settings: preset pocket; changed: output_dir=" in out
     assert {p.name for p in tmp_path.iterdir()} == {
-        "final_model", "metrics.jsonl", "completions.jsonl", "training.png",
+        "checkpoint-50", "checkpoint-100", "final_model", "metrics.jsonl", "completions.jsonl", "training.png",
     }  # fmt: skip

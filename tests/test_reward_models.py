@@ -189,7 +189,7 @@ def returning(*values):
     ("judge", "message"),
     [
         (broken, "'broken' raised KeyError: 'answer'"),
-        (matches, "'matches' raised TypeError: .*missing 1 required positional argument: 'answer'"),
+        (matches, "'matches' raised LookupError: .*needs the column 'answer', and the dataset has prompt"),
         (returning(0.5), "'judge' raised TypeError: 'float' object is not iterable"),
         (returning(1.0, 2.0, 3.0), "'judge' returned 3 values for 2 completions"),
         (returning(1.0, "2"), "'judge' must return numbers or None, got '2'"),

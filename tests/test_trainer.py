@@ -479,6 +479,60 @@ def test_without_kl_there_is_no_reference_at_all(tmp_path):
     assert "kl" not in next(run.steps()).metrics
 
 
+def test_saving_never_removes_other_files(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("years of work")
+    run = make_trainer(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds other files"):
+        run.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious.txt").exists()
+
+
+def test_weights_that_are_not_finite_are_noticed_at_once(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        make_trainer(tmp_path, model=model).train()
+
+
+def test_a_reward_that_scores_nothing_at_all_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no reward function scored any completion"):
+        make_trainer(tmp_path, reward=lambda prompts, completions: [None] * len(completions)).train()
+
+
+def test_a_fault_in_the_middle_leaves_a_checkpoint_of_the_last_whole_step(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    calls = []
+
+    def fails(prompts, completions):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no connection")
+        return likes_threes(prompts, completions)
+
+    fails.__name__ = "likes_threes"
+    with pytest.raises(ValueError, match="no connection"):
+        make_trainer(tmp_path / "broken", reward=fails).train()
+    resumed = make_trainer(tmp_path / "broken")
+    resumed.train(resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_resuming_from_an_older_checkpoint_forgets_the_newer_ones(tmp_path):
+    make_trainer(tmp_path, save_steps=1).train()
+    run = make_trainer(tmp_path, save_steps=100)
+    next(run.steps(resume=tmp_path / "checkpoint-1"))
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_model_or_reference_with_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="share a vocabulary, got 21 and 30"):
+        make_trainer(tmp_path, ref_model=tiny_model(vocab_size=30))
+    with pytest.raises(ValueError, match="the model knows only 10"):
+        make_trainer(tmp_path, model=tiny_model(vocab_size=10))
+
+
 # --- precision -------------------------------------------------------------------------------------------
 
 
