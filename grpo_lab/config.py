@@ -289,7 +289,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
     # Dr. GRPO (2503.20783): no std (difficulty bias), no division by length (length bias), no KL
     "dr_grpo": {"scale_rewards": "none", "aggregation": "constant", "kl_coef": 0.0},
-    # DAPO (2503.14476): every token counts the same, clip higher, no KL
+    # DAPO (2503.14476): every token counts the same, clip higher, no KL; without its dynamic sampling
     "dapo": {"aggregation": "token-mean", "clip_range_high": 0.28, "kl_coef": 0.0},
     # as TRL's loss "bnpo": GRPO with every token counting the same
     "bnpo": {"aggregation": "token-mean"},
@@ -297,7 +297,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {"importance": "sequence", "clip_range": 3e-4, "clip_range_high": 4e-4, "kl_coef": 0.0},
     # CISPO (MiniMax-M1, 2506.13585): a capped weight instead of a cut gradient; the cap is 1 + clip_range_high = 5
     "cispo": {"surrogate": "cispo", "clip_range_high": 4.0, "aggregation": "token-mean", "kl_coef": 0.0},
-    # RLOO (2402.14740): leave-one-out baseline, KL in the reward, whole-completion log-probabilities
+    # RLOO (2402.14740): leave-one-out baseline, KL in the reward, whole-completion log-probabilities. With
+    # num_iterations > 1 the ratio is the geometric mean over tokens, where the paper has the product.
     "rloo": {
         "baseline": "leave-one-out", "scale_rewards": "none", "kl_in": "reward", "kl_estimator": "k1",
         "importance": "sequence", "aggregation": "constant", "aggregation_constant": 1.0,

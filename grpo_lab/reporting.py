@@ -35,7 +35,12 @@ METRICS: dict[str, str] = {
     "skipped_steps": "updates not applied so far, because the gradient was not finite",
     "step_time": "seconds for this step",
 }
-"""Every metric that a run logs. The names are TRL's, so that a learner can move on without relearning."""
+"""Every metric that a run logs. The names are TRL's, so that a learner can move on without relearning.
+
+Four are defined more narrowly there: TRL 1.16 takes `reward_std` over the whole batch, counts completions instead of
+tokens in `clip_ratio/*` where the ratio is per sequence, judges `frac_reward_zero_std` by the batch where rewards are
+scaled by it, and averages over micro-batches. tests/test_trl.py shows each.
+"""
 
 # One colour for one quantity, everywhere; the palette of Okabe and Ito is safe for colour-blind readers.
 COLOURS = {"reward": "#0072B2", "kl": "#D55E00", "entropy": "#009E73", "length": "#CC79A7", "zero_std": "#E69F00"}

@@ -151,9 +151,8 @@ def sample(
         chosen = pick(logits, uniforms[active, step], temperature=temperature, kept=kept)
         tokens[active, step] = chosen
         one_step = None if kept is None else kept[:, None]
-        logprobs[active, step] = token_logprobs(
-            logits[:, None], chosen[:, None], temperature=temperature, kept=one_step
-        ).squeeze(1)
+        drawn = token_logprobs(logits[:, None], chosen[:, None], temperature=temperature, kept=one_step)
+        logprobs[active, step] = drawn.squeeze(1).float()  # a float64 model's too
         if kept is not None:
             # a finished row has one choice, the padding: its log-probability is then 0, not NaN
             everyone = torch.full((rows, kept.shape[1]), -1, device=device)

@@ -275,3 +275,10 @@ def test_hybrid_models_are_sampled_too_and_recurrent_ones_refused_in_plain_words
     one = sample(model, ids[:1], mask[:1], **arguments | {"uniforms": arguments["uniforms"][:3]})
     scored = completion_logprobs(model, one.input_ids, one.attention_mask, one.num_tokens)
     torch.testing.assert_close(scored.where(one.completion_mask, 0.0), one.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_float64_model_can_be_sampled():
+    ids, mask = left_pad([[3, 4, 5]], pad_id=0)
+    arguments = {"num_generations": 2, "uniforms": torch.rand(2, 4), "end_ids": [1], "pad_id": 0}
+    double = sample(tiny_model().double(), ids, mask, **arguments)
+    assert torch.equal(double.input_ids, sample(tiny_model(), ids, mask, **arguments).input_ids)
