@@ -78,7 +78,7 @@ class GRPOConfig:
     std_eps: float = 1e-4
     """Added to that standard deviation; in the units of the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from sampled tokens; see grpo_lab.kl."""
+    """How the KL is estimated from sampled tokens; k1 is of no use in the loss, see grpo_lab.kl."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL penalty goes: into the loss (GRPO), or into the reward before the advantage (RLOO; always k1)."""
     surrogate: Literal["clip", "cispo"] = "clip"
@@ -98,7 +98,7 @@ class GRPOConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the arithmetic; weights that are trained stay in float32. auto: bf16 or fp16 on CUDA, else fp32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, one more forward pass."""
 
     # Logging and saving
     logging_steps: int = 10
@@ -159,22 +159,12 @@ class GRPOConfig:
                 f'kl_in "reward" penalises by k1, whose sum over tokens is the log-ratio; got {self.kl_estimator!r}. '
                 'Set kl_estimator "k1" too.'
             )
-        if self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl_coef > 0:
-            raise ValueError(
-                'kl_estimator "k1" has no useful gradient in the loss (its expectation is 0). '
-                'Use "k2" or "k3", or kl_in "reward".'
-            )
 
     # Derived sizes
     @property
     def prompts_per_step(self) -> int:
         """Prompts per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
-
-    @property
-    def completions_per_step(self) -> int:
-        """Completions per optimizer step."""
-        return self.prompts_per_step * self.num_generations_per_prompt
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -75,6 +75,25 @@ def check_prompt(prompt: Any, index: int) -> None:
         raise ValueError(f"prompt {index} is empty.")
 
 
+def checked_dataset(dataset, name: str):
+    """The dataset, if a trainer can use it; raises TypeError or ValueError, with the cure, if not."""
+    if dataset is None or isinstance(dataset, str) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {dataset!r}.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: at least one prompt is needed.")
+    if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
+        found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
+        raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
+    if not isinstance(dataset, SimplePromptDataset):  # that class has looked already
+        for index, prompt in enumerate(dataset["prompt"]):
+            check_prompt(prompt, index)
+    if taken := {"prompts", "completions"} & set(dataset[0]):
+        raise ValueError(
+            f"{name} has a column {min(taken)!r}, the name of an argument of every reward function. Rename it."
+        )
+    return dataset
+
+
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, or of a chat through the tokenizer's template with the assistant's turn opened.
 

@@ -29,8 +29,7 @@ from grpo_lab.data import (
     Prompt,
     PromptOrder,
     Row,
-    SimplePromptDataset,
-    check_prompt,
+    checked_dataset,
     derived_seed,
     encode_prompt,
 )
@@ -44,11 +43,11 @@ from grpo_lab.devices import (
     trainable_in_float32,
 )
 from grpo_lab.kl import kl_estimate
-from grpo_lab.losses import grpo_loss
+from grpo_lab.losses import LossTerms, grpo_loss
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
 from grpo_lab.reward_models import RewardModel, Rewards
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
-from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
+from grpo_lab.scoring import Scores, completion_logprobs, completion_scores, evaluating
 
 WHY_ZERO = (
     "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says nothing, "
@@ -103,7 +102,6 @@ class _Sums:
     """Running sums over the micro-batches of one update."""
 
     loss: float = 0.0
-    tokens: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     clipped_low: float = 0.0
@@ -111,6 +109,20 @@ class _Sums:
     difference: float = 0.0
     largest_difference: float = 0.0
     largest_kl: float = 0.0
+
+    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch) -> None:
+        """Count one micro-batch in."""
+        mask = part.rollouts.completion_mask
+        difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
+        self.loss += terms.loss.item()
+        self.entropy += scores.entropies.where(mask, 0.0).sum().item()
+        self.clipped_low += terms.clipped_low.sum().item()
+        self.clipped_high += terms.clipped_high.sum().item()
+        self.difference += difference.sum().item()
+        self.largest_difference = max(self.largest_difference, difference.max().item())
+        if terms.kl is not None:
+            self.kl += terms.kl.sum().item()
+            self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
 
 
 class GRPOTrainer:
@@ -142,14 +154,20 @@ class GRPOTrainer:
     ):
         self.config = config = config or GRPOConfig()
         self.tokenizer = tokenizer
-        self.train_dataset = _checked_dataset(train_dataset, "train_dataset")
-        self.eval_dataset = _checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
+        self.train_dataset = checked_dataset(train_dataset, "train_dataset")
+        self.eval_dataset = checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         if config.eval_steps and eval_dataset is None:
             raise ValueError(f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on.")
         if ref_model is model and config.kl_coef > 0:
             raise ValueError(
                 "ref_model is the model that is trained, so the KL would always be 0. "
                 "Load it a second time, or give None for a frozen copy."
+            )
+        if config.kl_coef > 0 and config.kl_in == "loss" and config.kl_estimator == "k1":
+            warnings.warn(
+                'kl_estimator "k1" in the loss has an expected gradient of 0: it holds nothing back. '
+                'Use "k2" or "k3", or kl_in "reward".',
+                stacklevel=2,
             )
         self.output_dir = Path(config.output_dir)
         device = resolve_device(config.device)
@@ -281,15 +299,13 @@ class GRPOTrainer:
                 importance=config.importance,
                 surrogate=config.surrogate,
                 aggregation=config.aggregation,
-                constant=(config.aggregation_constant or config.max_new_tokens)
-                if config.aggregation == "constant"
-                else None,
+                constant=config.aggregation_constant or config.max_new_tokens,
                 total=tokens if config.aggregation == "token-mean" else completions,
             )
             self.accelerator.backward(terms.loss)
             if batch.updates == 0:
                 part.old_logprobs = scores.logprobs.detach()
-            _add(sums, terms, scores, part, mask)
+            sums.add(terms, scores, part)
 
         self.model.eval()  # as from_pretrained gave it
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -382,7 +398,7 @@ class GRPOTrainer:
             "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means a reward of
             at least `success_reward`. Draws no number that training would have drawn.
         """
-        dataset = _checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
+        dataset = checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
         K = num_generations or self.config.num_generations_per_prompt
         with self._memory():
             return self._evaluate(dataset, K)
@@ -712,24 +728,6 @@ class GRPOTrainer:
         return self.config.to_dict() | resolved | self._fingerprints
 
 
-def _checked_dataset(dataset, name: str):
-    if dataset is None or isinstance(dataset, str) or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {dataset!r}.")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: at least one prompt is needed.")
-    if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
-        found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
-        raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
-    if not isinstance(dataset, SimplePromptDataset):  # that class has looked already
-        for index, prompt in enumerate(dataset["prompt"]):
-            check_prompt(prompt, index)
-    if taken := {"prompts", "completions"} & set(dataset[0]):
-        raise ValueError(
-            f"{name} has a column {min(taken)!r}, the name of an argument of every reward function. Rename it."
-        )
-    return dataset
-
-
 def _batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
     lengths = torch.cat([part.rollouts.completion_mask.sum(1) for part in parts]).float()
     ended = torch.cat([part.rollouts.ended for part in parts])
@@ -743,20 +741,6 @@ def _batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[s
         "completions/clipped_ratio": (~ended).float().mean().item(),
     }
     return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}
-
-
-def _add(sums: _Sums, terms, scores, part: MicroBatch, mask: Tensor) -> None:
-    sums.loss += terms.loss.item()
-    sums.tokens += mask.sum().item()
-    sums.entropy += scores.entropies.where(mask, 0.0).sum().item()
-    sums.clipped_low += terms.clipped_low.sum().item()
-    sums.clipped_high += terms.clipped_high.sum().item()
-    difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
-    sums.difference += difference.sum().item()
-    sums.largest_difference = max(sums.largest_difference, difference.max().item())
-    if terms.kl is not None:
-        sums.kl += terms.kl.sum().item()
-        sums.largest_kl = max(sums.largest_kl, terms.kl.abs().max().item())
 
 
 def _batch_from(saved: dict[str, Any], device) -> Batch:
@@ -789,7 +773,8 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
 
 def _few_words(metrics: dict[str, float]) -> str:
     kl = f"{metrics['kl']:.4f}" if "kl" in metrics else "off"
-    return f"reward {metrics['reward']:.3f}, KL {kl}, length {metrics['completions/mean_length']:.1f}"
+    skipped = f", skipped {metrics['skipped_steps']}" if metrics["skipped_steps"] else ""
+    return f"reward {metrics['reward']:.3f}, KL {kl}, length {metrics['completions/mean_length']:.1f}{skipped}"
 
 
 def _or_none(value: float) -> float | None:

@@ -154,7 +154,6 @@ def test_an_int_will_do_for_a_float_and_a_list_for_a_tuple():
         ({"baseline": "none"}, 'needs scale_rewards "none"'),
         ({"aggregation_constant": 10.0}, "aggregation_constant needs aggregation \"constant\", not 'sequence-mean'"),
         ({"kl_in": "reward"}, "got 'k3'. Set kl_estimator \"k1\" too"),
-        ({"kl_estimator": "k1"}, 'Use "k2" or "k3", or kl_in "reward"'),
     ],
 )
 def test_what_does_not_go_together_says_how_to_mend_it(settings, cure):
@@ -168,7 +167,7 @@ def test_what_does_not_go_together_says_how_to_mend_it(settings, cure):
         {"baseline": "none", "scale_rewards": "none"},
         {"aggregation": "constant", "aggregation_constant": 10.0},
         {"kl_in": "reward", "kl_estimator": "k1"},
-        {"kl_estimator": "k1", "kl_coef": 0.0},
+        {"kl_estimator": "k1"},
     ],
 )
 def test_and_the_cure_works(settings):
@@ -224,7 +223,7 @@ def test_a_preset_can_be_changed_and_an_unknown_one_lists_those_there_are():
 
 def test_derived_sizes():
     config = GRPOConfig(batch_size=3, gradient_accumulation_steps=5, num_generations_per_prompt=7)
-    assert (config.prompts_per_step, config.completions_per_step) == (15, 105)
+    assert config.prompts_per_step == 15
 
 
 @pytest.mark.parametrize(

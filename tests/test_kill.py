@@ -52,7 +52,7 @@ def test_a_run_killed_inside_its_saves_ends_with_the_same_bits(tmp_path):
     whole = run(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     expected = whole.stdout.splitlines()[-1]
-    # a save is nine steps: seven files and the folder reach the disk, then the name changes; rows are written between
+    # a save is nine steps: six files, their folder, the new name, the folder above; rows are written in between
     for kill_at in (12, 15, 18, 20, 21, 23):
         assert run(tmp_path / "killed", kill_at).returncode == -signal.SIGKILL
     ended = run(tmp_path / "killed")

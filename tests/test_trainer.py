@@ -375,7 +375,9 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fata
         return real(logprobs * float("nan"), *a, **k)
 
     monkeypatch.setattr(trainer, "grpo_loss", broken)
-    assert next(records).metrics["skipped_steps"] == 1
+    skipping = next(records).metrics
+    assert skipping["skipped_steps"] == 1
+    assert "skipped 1" in trainer._few_words(skipping)
     assert torch.equal(before, weights(run))
     monkeypatch.setattr(trainer, "grpo_loss", real)
     assert next(records).metrics["skipped_steps"] == 1
@@ -471,6 +473,12 @@ def test_a_column_must_not_be_called_as_an_argument_of_reward_functions(tmp_path
     dataset = SimplePromptDataset(PROMPTS, completions=PROMPTS)
     with pytest.raises(ValueError, match=r"column 'completions'.*Rename"):
         make_trainer(tmp_path, prompts=dataset)
+
+
+def test_k1_in_the_loss_runs_and_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="expected gradient of 0"):
+        run = make_trainer(tmp_path, kl_estimator="k1", max_steps=1)
+    assert len(list(run.steps())) == 1
 
 
 def test_without_kl_there_is_no_reference_at_all(tmp_path):
