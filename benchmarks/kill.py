@@ -1,6 +1,6 @@
 """Kill a run again and again, at random moments, and see whether anything was lost.
 
-    python benchmarks/kill.py                100 kills, spread over eight kinds of run
+    python benchmarks/kill.py                100 kills, spread over twelve kinds of run
     python benchmarks/kill.py --kills 10
 
 Each run is killed with SIGKILL at a random moment, inside a save too, and resumed from its newest checkpoint,
@@ -28,10 +28,11 @@ from grpo_lab import GRPOConfig, GRPOTrainer, checkpoints, pocket
 from grpo_lab.data import countdown_dataset
 from grpo_lab.rewards import countdown
 
+DROPOUT = {"kl_coef": 0.05, "disable_dropout": False}
 KINDS = [
     {"num_iterations": iterations, "gradient_accumulation_steps": accumulation, "batch_size": 4 // accumulation, **rest}
     for iterations, accumulation, rest in itertools.product(
-        (1, 2), (1, 2), ({"kl_coef": 0.0}, {"kl_coef": 0.05, "disable_dropout": False})
+        (1, 2), (1, 2), ({"kl_coef": 0.0}, DROPOUT, {**DROPOUT, "lora_rank": 4})
     )
 ]
 

@@ -21,7 +21,8 @@ _PUBLIC = {
     "scoring": ("completion_logprobs",),
     "reward_models": ("SequenceClassifierReward", "CausalLMReward"),
     "config": ("GRPOConfig",),
-    "trainer": ("GRPOTrainer", "StepRecord"),
+    "batches": ("StepRecord",),
+    "trainer": ("GRPOTrainer",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = list(_HOME)

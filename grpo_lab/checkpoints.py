@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from grpo_lab.adapters import is_adapted, load_adapter
+
 STATE_FILE = "training_state.pt"
 FINAL = "final_model"
 RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
@@ -54,8 +56,10 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
+    how = {"save_embedding_layers": False} if is_adapted(model) else {"max_shard_size": "1000GB"}
     with without_progress_bars():
-        model.save_pretrained(unfinished, max_shard_size="1000GB")  # one file, whatever the size
+        model.save_pretrained(unfinished, **how)
     tokenizer.save_pretrained(unfinished)
     sums = {file.name: _checksum(file) for file in unfinished.glob("*.safetensors")}
     torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
@@ -128,6 +132,8 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
     try:
+        if is_adapted(model):
+            return load_adapter(model, folder)
         with without_progress_bars():  # float32 holds what was saved in any precision; each weight is cast to its own
             saved, report = type(model).from_pretrained(
                 folder, config=model.config, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -227,10 +233,12 @@ def fingerprint(rows: Iterable[Any]) -> str:
     return f"{value:08x}"
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's weights, whatever their precision."""
+def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
+    """A short hash of a model's weights, or of those alone that are not trained, whatever their precision."""
     value = 0
     for parameter in model.parameters():
+        if frozen and parameter.requires_grad:
+            continue
         value = zlib.crc32(parameter.detach().float().cpu().contiguous().numpy(), value)
     return f"{value:08x}"
 

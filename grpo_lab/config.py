@@ -92,6 +92,12 @@ class GRPOConfig:
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function; all 1 if not set."""
 
+    # LoRA
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of all weights: much less memory, small checkpoints. Needs peft."""
+    lora_alpha: float = 32.0
+    """The adapter's update is scaled by lora_alpha / lora_rank."""
+
     # Machine
     device: str = "auto"
     """Where to compute: auto, cuda, cpu or mps. auto takes the first of cuda, mps, cpu that is there."""
@@ -229,6 +235,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "eval_steps": (1, 2**31, True),
     "success_reward": (-1e9, 1e9, True),
     "max_skipped_steps": (1, 2**31, True),
+    "lora_rank": (1, 2**16, True),
+    "lora_alpha": (0, 1e6, False),
 }
 
 

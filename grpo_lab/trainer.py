@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from grpo_lab import checkpoints
-from grpo_lab.advantages import all_equal, discounted, group_advantages, group_std
+from grpo_lab.adapters import add_lora, is_adapted, merged
+from grpo_lab.advantages import discounted, group_advantages
+from grpo_lab.batches import Batch, MicroBatch, StepRecord, UpdateSums, batch_metrics
 from grpo_lab.config import GRPOConfig
 from grpo_lab.data import (
     Prompt,
@@ -43,11 +45,11 @@ from grpo_lab.devices import (
     trainable_in_float32,
 )
 from grpo_lab.kl import kl_estimate
-from grpo_lab.losses import LossTerms, grpo_loss
+from grpo_lab.losses import grpo_loss
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
 from grpo_lab.reward_models import RewardModel, Rewards
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
-from grpo_lab.scoring import Scores, completion_logprobs, completion_scores, evaluating
+from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
 
 WHY_ZERO = (
     "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says nothing, "
@@ -61,78 +63,15 @@ OUT_OF_MEMORY = (
 )
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimizer step did."""
-
-    step: int
-    """Counts from 1."""
-    metrics: dict[str, float]
-    """See grpo_lab.reporting.METRICS."""
-    completions: list[dict[str, Any]]
-    """One per completion: prompt, completion, reward, rewards of each function, advantage."""
-
-
-@dataclass
-class MicroBatch:
-    """Some groups of a batch, as tensors."""
-
-    rollouts: Rollouts
-    ref_logprobs: Tensor | None
-    """[B, T] in nats under the reference; None where no KL is wanted."""
-    old_logprobs: Tensor | None = None
-    """[B, T] in nats as of the first update on this batch; None until then."""
-    advantages: Tensor | None = None
-    """[B], or [B, T] where gamma < 1."""
-
-
-@dataclass
-class Batch:
-    """All that one rollout gave; used for num_iterations optimizer steps."""
-
-    parts: list[MicroBatch]
-    completions: list[dict[str, Any]]
-    metrics: dict[str, float]
-    updates: int = 0
-    """Optimizer steps made on it so far."""
-
-
-@dataclass
-class _Sums:
-    """Running sums over the micro-batches of one update."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    entropy: float = 0.0
-    clipped_low: float = 0.0
-    clipped_high: float = 0.0
-    difference: float = 0.0
-    largest_difference: float = 0.0
-    largest_kl: float = 0.0
-
-    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch) -> None:
-        """Count one micro-batch in."""
-        mask = part.rollouts.completion_mask
-        difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
-        self.loss += terms.loss.item()
-        self.entropy += scores.entropies.where(mask, 0.0).sum().item()
-        self.clipped_low += terms.clipped_low.sum().item()
-        self.clipped_high += terms.clipped_high.sum().item()
-        self.difference += difference.sum().item()
-        self.largest_difference = max(self.largest_difference, difference.max().item())
-        if terms.kl is not None:
-            self.kl += terms.kl.sum().item()
-            self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
-
-
 class GRPOTrainer:
     """Fine-tunes a causal language model with Group Relative Policy Optimization.
 
     Args:
-        model: the policy, trained in place. Trained weights in half precision are turned into float32:
-            at usual learning rates an update would be lost in rounding.
-        ref_model: the reference of the KL penalty, never changed. None: a frozen copy of the model as it
-            is now, made only if kl_coef > 0.
+        model: the policy, trained in place; with `lora_rank`, or given as a `peft.PeftModel`, its adapter alone.
+            Trained weights in half precision are turned into float32: at usual learning rates an update
+            would be lost in rounding.
+        ref_model: the reference of the KL penalty, never changed. None: the model as it is now, as a frozen
+            copy, or, where an adapter is trained, the same model with the adapter off. Needed only if kl_coef > 0.
         reward_model: `f(prompts, completions, **columns) -> list[float]`, a sequence-classification model, a
             causal LM (a demonstration), or a list of these.
         tokenizer: the policy's.
@@ -175,7 +114,7 @@ class GRPOTrainer:
         self.accelerator = make_accelerator(device, self.precision, config.trackers, config.output_dir)
         self.device = self.accelerator.device
 
-        self._prepare_models(model, ref_model)
+        model = self._prepare_models(model, ref_model)
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights)
         for judge in self.rewards.models:
             judge.to(self.device)
@@ -224,7 +163,8 @@ class GRPOTrainer:
                 self.batch = None
             self._after_step(record)
             yield record
-        self.save(self.output_dir / checkpoints.FINAL)
+        final = merged(self.model) if is_adapted(self.model) else self.model
+        checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._state())
         self.accelerator.end_training()
 
     def _next_batch(self) -> Batch:
@@ -272,14 +212,14 @@ class GRPOTrainer:
             for i in range(len(texts))
         ]
         self.num_tokens += sum(int(part.rollouts.attention_mask.sum()) for part in parts)
-        return Batch(parts, completions, _batch_metrics(parts, rewards.view(-1, K), by_function))
+        return Batch(parts, completions, batch_metrics(parts, rewards.view(-1, K), by_function))
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the batch: clipped loss with KL to the reference, over all its micro-batches."""
         config = self.config
         tokens = sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)
         completions = sum(len(part.rollouts.ended) for part in batch.parts)
-        sums = _Sums()
+        sums = UpdateSums()
         self.optimizer.zero_grad()  # whatever an interrupted step or an earlier cell left there
         self.model.train()
         for part in batch.parts:
@@ -371,7 +311,12 @@ class GRPOTrainer:
 
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         """[B, T] log-probabilities in nats under the reference; None where kl_coef is 0: nothing is computed then."""
-        return None if self.ref_model is None else self._logprobs_under(self.ref_model, rollouts)
+        if self.config.kl_coef == 0:
+            return None
+        if self.ref_model is not None:
+            return self._logprobs_under(self.ref_model, rollouts)
+        with self.model.disable_adapter():
+            return self._logprobs_under(self.model, rollouts)
 
     @torch.no_grad()
     def _logprobs_under(self, model: nn.Module, rollouts: Rollouts) -> Tensor:
@@ -488,7 +433,7 @@ class GRPOTrainer:
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
         self._check_context(longest, [encode_prompt(self.tokenizer, prompt) for prompt in longest])
 
-    def _check_first_update(self, sums: _Sums) -> None:
+    def _check_first_update(self, sums: UpdateSums) -> None:
         """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""
         if not math.isfinite(sums.difference + sums.kl):
             raise ArithmeticError(
@@ -543,7 +488,7 @@ class GRPOTrainer:
 
     def _first_words(self) -> str:
         words = f"Checked at step 1: importance ratio 1 ± {self.first_check['ratio']:.1e}"
-        if self.ref_model is not None:
+        if self.config.kl_coef > 0:
             kl = self.first_check["kl"]
             words += f", KL to the reference {f'0 ± {kl:.1e}' if kl < 1e-3 else f'already up to {kl:.2g}'}"
         sums_to_zero = self.config.baseline != "none" and self.config.surrogate == "clip"
@@ -637,7 +582,10 @@ class GRPOTrainer:
     # --- saving ----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads and that a run can be resumed from."""
+        """Write a checkpoint: a folder that `from_pretrained` loads and that a run can be resumed from.
+
+        Where an adapter is trained it holds that alone, and `AutoPeftModelForCausalLM` loads it.
+        """
         checkpoints.save(Path(path), self.model, self.tokenizer, self._state())
 
     def _load_first(self, candidates: list[Path]) -> None:
@@ -670,7 +618,7 @@ class GRPOTrainer:
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.unlogged = state["unlogged"]
-        self.batch = _batch_from(state["batch"], self.device) if state["batch"] else None
+        self.batch = Batch.from_dict(state["batch"], self.device) if state["batch"] else None
         checkpoints.restore_random_state(state["random"])
 
     def _state(self) -> dict[str, Any]:
@@ -692,11 +640,14 @@ class GRPOTrainer:
 
     # --- set-up ----------------------------------------------------------------------------------------
 
-    def _prepare_models(self, model: nn.Module, ref_model: nn.Module | None) -> None:
+    def _prepare_models(self, model: nn.Module, ref_model: nn.Module | None) -> nn.Module:
+        config = self.config
+        if config.lora_rank:
+            model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
         trainable_in_float32(model)
-        if self.config.kl_coef == 0:
+        if config.kl_coef == 0:
             ref_model = None  # what is not needed is neither kept on the device nor computed
-        elif ref_model is None:
+        elif ref_model is None and not is_adapted(model):
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             sizes = [m.get_input_embeddings().weight.shape[0] for m in (model, ref_model)]
@@ -705,9 +656,9 @@ class GRPOTrainer:
             match_precision(ref_model, model)  # so that the KL to an untouched reference is exactly 0
             ref_model.requires_grad_(False).to(self.device)
         self.ref_model, self.model = ref_model, model.to(self.device)
-        if self.config.disable_dropout:
+        if config.disable_dropout:
             disable_dropout(model)
-        if self.config.gradient_checkpointing:
+        if config.gradient_checkpointing:
             # transformers renamed it in 5.2x; older versions know the second name only
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -716,6 +667,7 @@ class GRPOTrainer:
                 model.generation_config.validate(strict=True)
             except ValueError:  # a temperature without sampling: transformers would refuse to save it, 500 steps on
                 model.generation_config.do_sample = True
+        return model
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as the same run."""
@@ -724,31 +676,10 @@ class GRPOTrainer:
                 "training data": checkpoints.fingerprint(self.train_dataset[i] for i in range(len(self.train_dataset))),
                 "reference model": checkpoints.weights_fingerprint(self.ref_model) if self.ref_model else "none",
             }
+            if is_adapted(self.model):  # a checkpoint does not hold it
+                self._fingerprints["model under the adapter"] = checkpoints.weights_fingerprint(self.model, frozen=True)
         resolved = {"precision": self.precision, "reward functions": self.rewards.names}
         return self.config.to_dict() | resolved | self._fingerprints
-
-
-def _batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
-    lengths = torch.cat([part.rollouts.completion_mask.sum(1) for part in parts]).float()
-    ended = torch.cat([part.rollouts.ended for part in parts])
-    metrics = {
-        "reward": rewards.nanmean().item(),
-        "reward_std": group_std(rewards).mean().item(),
-        "frac_reward_zero_std": all_equal(rewards).float().mean().item(),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": (~ended).float().mean().item(),
-    }
-    return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}
-
-
-def _batch_from(saved: dict[str, Any], device) -> Batch:
-    def part(values: dict[str, Any]) -> MicroBatch:
-        tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return MicroBatch(**{**values, **tensors, "rollouts": Rollouts(**values["rollouts"]).to(device)})
-
-    return Batch(**{**saved, "parts": [part(p) for p in saved["parts"]]})
 
 
 @contextmanager

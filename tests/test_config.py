@@ -87,6 +87,8 @@ def test_the_defaults_pass_their_own_checks_unchanged():
         ("eval_steps", 0, "at least 1"),
         ("success_reward", math.nan, "at least -1e"),
         ("max_skipped_steps", 0, "at least 1"),
+        ("lora_rank", 0, "at least 1"),
+        ("lora_alpha", 0.0, "greater than 0"),
         ("reward_weights", (1.0, math.inf), r"finite numbers, got \(1.0, inf\)"),
         ("reward_weights", ("much",), "finite numbers"),
         ("aggregation", "mean", "one of 'sequence-mean', 'token-mean', 'constant', got 'mean'"),

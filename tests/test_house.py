@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_lab"
 FLOORS = [
     {"logprobs", "advantages", "kl", "losses", "rewards"},  # mathematics, and the reading of answers
-    {"data", "sampling", "scoring", "reward_models"},  # prompts and models
+    {"data", "sampling", "scoring", "reward_models", "adapters", "batches"},  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer"},
     {"pocket", "checks"},

@@ -610,7 +610,13 @@ def test_evaluation_comes_every_eval_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_iterations": 2, "batch_size": 2, "gradient_accumulation_steps": 2}], ids=str
+    "settings",
+    [
+        {},
+        {"num_iterations": 2, "batch_size": 2, "gradient_accumulation_steps": 2},
+        {"num_iterations": 2, "lora_rank": 2},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_run_ends_exactly_as_the_unbroken_one(tmp_path, settings, stop):
