@@ -32,7 +32,7 @@ RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "success_reward", "use_wandb", "wandb_project", "wandb_run_name", "report_to", "device", "max_skipped_steps",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "reward_timeout",
 }  # fmt: skip
 
 
@@ -55,16 +55,20 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
         raise ValueError(f"{folder} holds other files, which saving there would remove. Name a new folder.")
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
-    how = {"save_embedding_layers": False} if is_adapted(model) else {"max_shard_size": "1000GB"}
-    with without_progress_bars():
-        model.save_pretrained(unfinished, **how)
-    tokenizer.save_pretrained(unfinished)
-    sums = {file.name: _checksum(file) for file in unfinished.glob("*.safetensors")}
-    torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
-    for path in [*unfinished.iterdir(), unfinished]:
-        _sync(path)
+    try:
+        unfinished.mkdir(parents=True)
+        # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
+        how = {"save_embedding_layers": False} if is_adapted(model) else {"max_shard_size": "1000GB"}
+        with without_progress_bars():
+            model.save_pretrained(unfinished, **how)
+        tokenizer.save_pretrained(unfinished)
+        sums = {file.name: _checksum(file) for file in unfinished.iterdir()}
+        torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
+        for path in [*unfinished.iterdir(), unfinished]:
+            _sync(path)
+    except Exception as error:  # each library has its own words for a full disk, and few of them say so
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write {folder} ({type(error).__name__}: {error}). Is the disk full?") from error
     old = _hide(folder)
     os.replace(unfinished, folder)
     _sync(folder.parent)
@@ -118,7 +122,10 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not (folder / STATE_FILE).is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.")
     try:
-        if broken := zipfile.ZipFile(folder / STATE_FILE).testzip():  # torch.load does not look at the checksums
+        archive = zipfile.ZipFile(folder / STATE_FILE)
+        if sum(part.file_size for part in archive.infolist()) > (folder / STATE_FILE).stat().st_size:
+            raise ValueError(f"{STATE_FILE} is compressed, which torch.save never does")
+        if broken := archive.testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{STATE_FILE} has changed at {broken}")
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         for name, checksum in state.pop("checksums").items():

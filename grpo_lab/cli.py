@@ -37,14 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if options.debug:
             raise
-        print(f"grpo-lab: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"grpo-lab: {_one_sentence(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # a fault of ours, or of a library
         if options.debug:
             raise
-        words = " ".join(str(error).split())[:300]
-        print(f"grpo-lab: unexpected {type(error).__name__}: {words} (--debug shows where)", file=sys.stderr)
+        print(
+            f"grpo-lab: unexpected {type(error).__name__}: {_one_sentence(error)} (--debug shows where)",
+            file=sys.stderr,
+        )
         return 1
+
+
+def _one_sentence(error: Exception) -> str:
+    words = [" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ()))]
+    return " ".join(part if len(part) <= 1000 else f"{part[:999]}…" for part in words)
 
 
 def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -134,10 +141,9 @@ def _add_settings(group) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text[:40]!r}")
+    return int(text)
 
 
 def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
@@ -154,6 +160,8 @@ def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
 
 def train_command(options: argparse.Namespace) -> int:
     """Load, show three completions and the accuracy, train, show them again."""
+    if empty := [name for name, value in vars(options).items() if value == ""]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Is a variable of the shell not set?")
     config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
     import torch
 
@@ -262,7 +270,7 @@ def named_reward(name: str):
     kind, _, rest = name.partition(":")
     if name in BUILT_IN:
         return BUILT_IN[name]
-    if kind == "format":
+    if kind == "format" and rest:
         return matches_format(rest)
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
@@ -274,7 +282,9 @@ def named_reward(name: str):
     sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside itself
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # its own, SystemExit, whatever it may raise
         raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}.")

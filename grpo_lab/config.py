@@ -7,6 +7,7 @@ import ast
 import inspect
 import math
 import os
+import sys
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -91,6 +92,9 @@ class GRPOConfig:
     """The constant for aggregation "constant", in tokens; max_new_tokens if not set."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function; all 1 if not set."""
+    reward_timeout: float | None = None
+    """Stop if a reward function takes longer than this for one call, in seconds; without it, one that is slow is only
+    named. The function then runs in a thread, which those that use signals (math_verify) or sqlite do not like."""
 
     # LoRA
     lora_rank: int | None = None
@@ -135,29 +139,33 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name)))
+        if self.num_generations_per_prompt < 2:
+            raise ValueError(
+                f"num_generations_per_prompt must be at least 2, got {_shown(self.num_generations_per_prompt)}: "
+                "one completion has no group to be compared with, so nothing would be learned."
+            )
         for name, (low, high, low_is_allowed) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
                 continue
             inside = (low <= value if low_is_allowed else low < value) and value <= high
             if not inside or math.isnan(value):
-                raise ValueError(f"{name} must be {_words(low, high, low_is_allowed, value)}, got {value}.")
+                raise ValueError(f"{name} must be {_words(low, high, low_is_allowed, value)}, got {_shown(value)}.")
         if self.temperature < 0.01:
             raise ValueError(
                 f"temperature must be at least 0.01, got {self.temperature}: use top_k=1 to sample greedily."
-            )
-        if self.num_generations_per_prompt < 2:
-            raise ValueError(
-                f"num_generations_per_prompt must be at least 2, got {self.num_generations_per_prompt}: "
-                "one completion has no group to be compared with, so nothing would be learned."
             )
         if self.baseline == "none" and self.scale_rewards != "none":
             raise ValueError(
                 'baseline "none" (REINFORCE) needs scale_rewards "none": without a baseline, equal rewards '
                 "would be divided by a standard deviation of 0."
             )
-        if not all(isinstance(w, int | float) and math.isfinite(w) for w in self.reward_weights or ()):
-            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}.")
+        if not all(isinstance(w, int | float) and abs(w) <= sys.float_info.max for w in self.reward_weights or ()):
+            raise ValueError(f"reward_weights must be finite numbers, got {_shown(self.reward_weights)}.")
+        if not all(isinstance(tracker, str) for tracker in self.report_to):
+            raise TypeError(f"report_to must be names of trackers, got {_shown(self.report_to)}.")
+        if not _is_path(self.output_dir):
+            raise ValueError(f"output_dir must be the name of a folder, got {_shown(self.output_dir)}.")
         if self.aggregation_constant is not None and self.aggregation != "constant":
             raise ValueError(f'aggregation_constant needs aggregation "constant", not {self.aggregation!r}.')
         if self.kl_in == "reward" and self.kl_estimator != "k1":
@@ -209,6 +217,7 @@ class GRPOConfig:
 _INF = math.inf
 # name: (low, high, whether low itself is allowed)
 _RANGES: dict[str, tuple[float, float, bool]] = {
+    "num_generations_per_prompt": (2, 2**20, True),
     "max_new_tokens": (1, 2**20, True),
     "temperature": (0, 100, False),
     "top_k": (0, 2**31, True),
@@ -229,6 +238,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "gamma": (0, 1, False),
     "std_eps": (0, 1e3, False),
     "aggregation_constant": (0, 1e9, False),
+    "reward_timeout": (0, 1e9, False),
     "logging_steps": (1, 2**31, True),
     "save_steps": (1, 2**31, True),
     "save_total_limit": (1, 2**31, True),
@@ -267,8 +277,8 @@ def field_types() -> dict[str, tuple[tuple[type, ...], tuple[str, ...]]]:
 def _checked(name: str, value: Any) -> Any:
     """The value, if it is of its field's type (an int will do for a float, a list for a tuple); else a clear error."""
     types, words = field_types()[name]
-    if words and value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}.")
+    if words and not (isinstance(value, str) and value in words):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {_shown(value)}.")
     if str in types and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if tuple in types and isinstance(value, list):
@@ -277,8 +287,28 @@ def _checked(name: str, value: Any) -> Any:
     is_bool_for_int = isinstance(value, bool) and bool not in types
     if is_bool_for_int or not (isinstance(value, types) or is_number_for_float):
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
-    return float(value) if is_number_for_float else value
+        raise TypeError(f"{name} must be {wanted}, got {_shown(value)}.")
+    if not is_number_for_float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # the range will refuse it, in words
+        return math.inf if value > 0 else -math.inf
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python writes, an object with a broken repr
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return text.strip() != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 # Each variant is a handful of arguments. They say what a paper changes, not which model or batch it used.

@@ -1,6 +1,8 @@
 """Prompts: the dataset class, files, the built-in Countdown task, and an order that can be saved."""
 
 import glob
+import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ Prompt = str | list[dict[str, str]]
 Row = dict[str, Any]
 
 FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+MAX_DEPTH = 50  # of brackets in JSON; the parser of datasets ends at 64
 
 
 class SimplePromptDataset:
@@ -130,25 +133,64 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
 
     path = Path(name).expanduser()
     kind = FILE_FORMATS.get(path.suffix.lower())
+    hub_id, _, config = name.partition(":")
     if kind is not None:
         if not path.is_file():
             raise ValueError(f"there is no file {name}.")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} is empty: at least one prompt is needed.")
         where = {"path": kind, "data_files": glob.escape(str(path)), "split": "train"}
+        if kind == "text":
+            where["encoding"] = "utf-8-sig"  # Windows writes a mark at the start, which is no part of the prompt
+    elif os.path.lexists(path) or not hub_id:  # a link to nowhere is no Hub id either
+        raise ValueError(f"{name} is neither a Hub id nor a file that ends in {', '.join(FILE_FORMATS)}.")
     else:
-        hub_id, _, config = name.partition(":")
         where = {"path": hub_id, "name": config or None, "split": split}
     try:
+        if kind == "json":
+            check_json(path.read_text(encoding="utf-8-sig"))
         dataset = datasets.load_dataset(**where)
     except Exception as error:  # a broken line, no network, no such dataset: each with its own exception class
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):  # a CSV file that ends after its header
             raise ValueError(f"{name} is empty: at least one prompt is needed.") from None
-        raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}") from error
+        cure = ". Save it as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
+        raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}{cure}") from error
+    if "__index_level_0__" in dataset.column_names:  # pandas takes the first fields for names of the rows
+        raise ValueError(f'{name}: the rows have more fields than the header. Write a prompt with commas "in quotes".')
     if kind == "text":
         dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
     return with_prompt_column(dataset, "prompt" if kind == "text" else prompt_column, name)
+
+
+def check_json(text: str) -> None:
+    """Raises ValueError if this is neither one list of objects nor an object on each line.
+
+    datasets would find out too, but a line `null` or 10,000 brackets take its parser, and Python with it, down.
+    """
+    try:
+        whole = json.loads(text)
+        rows = whole if isinstance(whole, list) else [whole]
+    except json.JSONDecodeError:
+        if text.lstrip().startswith("["):
+            raise
+        rows = [_json_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f'row {i} must be an object such as {{"prompt": "2+2="}}, got {json.dumps(row)[:40]}')
+        depth, level = 0, [row]
+        while level and depth <= MAX_DEPTH:
+            level = [x for v in level if isinstance(v, list | dict) for x in (v.values() if isinstance(v, dict) else v)]
+            depth += 1
+        if level:
+            raise ValueError(f"row {i} is nested more than {MAX_DEPTH} deep")
+
+
+def _json_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON ({error.msg} at character {error.pos + 1})") from None
 
 
 def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
@@ -156,13 +198,13 @@ def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
 
     Raises: ValueError if it is empty, has no such column, or a prompt is no prompt: an empty cell, a number.
     """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: at least one prompt is needed.")
     if prompt_column not in dataset.column_names:
         raise ValueError(
             f"{name} has no column {prompt_column!r}, only {', '.join(dataset.column_names)}. "
             "Name the right one with --prompt-column."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: at least one prompt is needed.")
     if prompt_column != "prompt":
         if "prompt" in dataset.column_names:
             dataset = dataset.remove_columns("prompt")

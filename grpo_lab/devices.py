@@ -95,6 +95,13 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def enable_checkpointing(model: nn.Module) -> None:
+    """Keep only each layer's input for the backward pass, and compute the rest once more there (in train mode)."""
+    # transformers renamed it in 5.2x; older versions know the second name only
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def threads_for(model: nn.Module) -> int:
     """One thread for a small model, else one for each core.
 

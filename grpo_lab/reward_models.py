@@ -6,10 +6,14 @@ completion, or None where it does not score. Models are wrapped into such functi
 
 import inspect
 import math
+import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from grpo_lab.sampling import left_pad, pad_token_id
 from grpo_lab.scoring import completion_logprobs, evaluating
 
 LARGEST_REWARD = 1e15  # its square, in a standard deviation, still fits into float32
+PATIENCE = 60.0  # seconds until a reward function that is still running is named
 
 RewardModel = nn.Module | RewardFunction | Sequence[nn.Module | RewardFunction]
 
@@ -129,10 +134,18 @@ class Rewards:
         tokenizer: the policy's; models are given it. Another one? Wrap the model yourself:
             SequenceClassifierReward(model, its_tokenizer).
         weights: one per function; None means 1 each.
+        timeout: seconds for one call of one function, which then runs in a thread; None: no limit, and no thread.
     Raises: ValueError if weights and functions differ in number, TypeError for what is neither model nor callable.
     """
 
-    def __init__(self, reward_model: RewardModel, tokenizer, weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        reward_model: RewardModel,
+        tokenizer,
+        weights: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ):
+        self.timeout = timeout
         several = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
         self.functions = [_as_function(f, tokenizer) for f in several]
         if not self.functions:
@@ -152,10 +165,10 @@ class Rewards:
         """Score B completions; `prompts` and each column have B entries too.
 
         Raises: ValueError that names the function, and the completion, if a function raises, returns the wrong
-            number of values, something that is no number, or an infinite value.
+            number of values, something that is no number, or an infinite value; TimeoutError if it takes too long.
         """
         parts = {
-            name: _call(function, name, prompts, completions, columns)
+            name: _call(function, name, prompts, completions, columns, self.timeout)
             for name, function in zip(self.names, self.functions, strict=True)
         }
         stacked = torch.stack(list(parts.values()))  # [functions, B]
@@ -174,21 +187,34 @@ def _as_function(judge: nn.Module | RewardFunction, tokenizer) -> RewardFunction
     return judge
 
 
-def _call(function: Callable, name: str, prompts, completions, columns: dict[str, list]) -> Tensor:
+def _call(function: Callable, name: str, prompts, completions, columns: dict[str, list], timeout) -> Tensor:
+    size = len(completions)
+
+    def ask() -> Any:
+        values = function(prompts, completions, **_wanted(function, columns))
+        return list(islice(values, size + 1)) if isinstance(values, Iterable) else values
+
     try:
-        values = list(function(prompts, completions, **_wanted(function, columns)))
-    except Exception as error:
+        values = _in_time(ask, f"the reward function {name!r} on {size} completions", timeout)
+    except _TooSlowError:
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(f"the reward function {name!r} raised {type(error).__name__}: {error}") from error
-    if len(values) != len(completions):
+    if not isinstance(values, list):
         raise ValueError(
-            f"the reward function {name!r} returned {len(values)} values for {len(completions)} completions."
+            f"the reward function {name!r} must return a list with one number per completion, got {values!r:.80}."
         )
+    if len(values) != size:
+        more = " or more" if len(values) > size else ""
+        raise ValueError(f"the reward function {name!r} returned {len(values)}{more} values for {size} completions.")
     for value, completion in zip(values, completions, strict=True):
         if value is None:
             continue
         try:
             too_large = math.fabs(value) > LARGEST_REWARD
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:
+            too_large, value = True, math.inf  # an int with more digits than could be shown
+        except (TypeError, ValueError):
             raise ValueError(f"the reward function {name!r} must return numbers or None, got {value!r}.") from None
         if too_large:
             raise ValueError(
@@ -196,6 +222,42 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
                 f"A reward must be finite, and at most {LARGEST_REWARD:g} in size."
             )
     return torch.tensor([math.nan if v is None else float(v) for v in values])
+
+
+class _TooSlowError(TimeoutError):
+    pass
+
+
+def _in_time(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
+    """What `work()` returns. With a timeout it runs in a thread of its own, the only thing that can be left behind."""
+    if timeout is None:
+        words = f"{what} has run for {PATIENCE:g} s. Does it hang? --reward-timeout SECONDS would stop it."
+        notice = threading.Timer(PATIENCE, warnings.warn, [words])
+        notice.daemon = True
+        notice.start()
+        try:
+            return work()
+        finally:
+            notice.cancel()
+    outcome: Future = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    while not outcome.done():
+        if time.monotonic() - began > timeout:
+            raise _TooSlowError(
+                f"{what} did not return within {timeout:g} s (reward_timeout). Mend it, or allow it more time, "
+                "and go on with --resume (resume=True)."
+            )
+        thread.join(min(timeout, 0.2))  # in slices: on Windows, Ctrl-C is heard only between them
+    return outcome.result()
 
 
 def _wanted(function: Callable, columns: dict[str, list]) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""Verifiable rewards: text and answer in, a number out. Standard library only; nothing is ever `eval`ed.
+"""Verifiable rewards: text and answer in, a number out. No model, no network; nothing is ever `eval`ed.
 
 Every reward function has the signature `f(prompts, completions, **columns) -> list[float | None]`, where
 a column is what the dataset says beside the prompt, and None means "I do not score this one".
@@ -8,13 +8,17 @@ What a model writes is hostile input: parsing has limits, and whatever does not 
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+
+import regex  # as re, and a match can be given up: re would hang for good on a pattern such as (a+)+b
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 MAX_EXPRESSION = 100  # characters; a longer one is not an answer but an attack on the parser
 MAX_TEXT = 100_000  # characters that are searched for an answer, from the end
+MAX_SECONDS = 0.5  # for one match of a pattern that a user wrote
 
 
 def countdown(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
@@ -123,18 +127,33 @@ def final_number(text: str) -> Fraction | None:
 def matches_format(pattern: str) -> RewardFunction:
     """A reward of 1 for every completion that the regular expression matches as a whole, else 0.
 
-    Raises: ValueError if the pattern is no regular expression.
+    A completion on which the pattern takes more than MAX_SECONDS scores 0, with a warning.
+
+    Args:
+        pattern: of the package `regex`, which reads those of `re`; a dot matches the end of a line too.
+    Raises: ValueError if it is no regular expression.
 
     >>> matches_format(r"<think>.*</think>\\s*<answer>.*</answer>")(["?"], ["<think>hm</think> <answer>4</answer>"])
     [1.0]
     """
     try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
+
+    def matches(text: str) -> bool:
+        try:
+            return compiled.fullmatch(text, timeout=MAX_SECONDS) is not None
+        except TimeoutError:
+            warnings.warn(
+                f"the pattern {pattern[:80]!r} takes more than {MAX_SECONDS} s for some completions, which score 0. "
+                "Does it repeat what is repeated already, as (a+)+ does?",
+                stacklevel=2,
+            )
+            return False
 
     def format_reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
-        return [float(compiled.fullmatch(c.strip()) is not None) for c in completions]
+        return [float(matches(c.strip())) for c in completions]
 
     return format_reward
 

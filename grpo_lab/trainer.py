@@ -38,6 +38,7 @@ from grpo_lab.data import (
 from grpo_lab.devices import (
     autocast,
     disable_dropout,
+    enable_checkpointing,
     make_accelerator,
     match_precision,
     resolve_device,
@@ -115,7 +116,7 @@ class GRPOTrainer:
         self.device = self.accelerator.device
 
         model = self._prepare_models(model, ref_model)
-        self.rewards = Rewards(reward_model, tokenizer, config.reward_weights)
+        self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
             judge.to(self.device)
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
@@ -168,11 +169,13 @@ class GRPOTrainer:
         self.accelerator.end_training()
 
     def _next_batch(self) -> Batch:
-        position = self.order.state_dict()
+        position, random = self.order.state_dict(), checkpoints.random_state()
         try:
             return self.collect(next(self.order))
-        except BaseException:
-            self.order.load_state_dict(position)  # whoever mends the fault and goes on loses no prompt
+        except BaseException as error:
+            error.add_note(f"It happened in step {self.step + 1}.")
+            self.order.load_state_dict(position)  # whoever mends the fault and goes on loses no prompt,
+            checkpoints.restore_random_state(random)  # and draws what an unbroken run would have drawn
             raise
 
     def collect(self, indices: Sequence[int]) -> Batch:
@@ -201,6 +204,7 @@ class GRPOTrainer:
                 part.advantages = discounted(part.advantages, part.rollouts.completion_mask, gamma=config.gamma)
 
         by_function = {name: torch.cat([s.parts[name] for s in scored]) for name in self.rewards.names}
+        tokens = [row for part in parts for row in part.token_rows()]
         completions = [
             {
                 "prompt": rows[i // K]["prompt"],
@@ -208,6 +212,7 @@ class GRPOTrainer:
                 "reward": rewards[i].item(),
                 "rewards": {name: _or_none(values[i].item()) for name, values in by_function.items()},
                 "advantage": advantages[i].item(),
+                **tokens[i],
             }
             for i in range(len(texts))
         ]
@@ -479,8 +484,8 @@ class GRPOTrainer:
                     if interrupted and record.step < self.total_steps:
                         self.save(self.output_dir / f"checkpoint-{record.step}")
                         raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
-        except Exception:
-            self._save_what_there_is()
+        except Exception as error:
+            self._save_what_there_is(error)
             raise
         history = self.metrics_file.read()
         self._draw(history)
@@ -510,12 +515,14 @@ class GRPOTrainer:
             )  # fmt: skip
             raise MemoryError(words) from error
 
-    def _save_what_there_is(self) -> None:
+    def _save_what_there_is(self, error: Exception) -> None:
         """After a fault the state is that of the last whole step: keep it, unless it has been saved."""
         folder = self.output_dir / f"checkpoint-{self.step}"
         if self.step and not folder.exists():
             with suppress(Exception):  # the fault itself is what matters
                 self.save(folder)
+        if self.step and checkpoints.all_checkpoints(self.output_dir):
+            error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
         try:
@@ -604,11 +611,14 @@ class GRPOTrainer:
         state = checkpoints.load_state(path)
         try:
             self._restore(path, state)
-        except (KeyError, TypeError, AttributeError) as error:  # a state that was made by other hands
+        except (KeyError, IndexError, TypeError, AttributeError) as error:  # a state that was made by other hands
             raise checkpoints.DamagedCheckpointError(f"the checkpoint {path} lacks something: {error!r}.") from error
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         checkpoints.check_same_run(state["run"], self._identity())
+        counts = [state[name] for name in ("step", "num_tokens", "skipped_steps", "skipped_in_a_row")]
+        if any(type(n) is not int or n < 0 for n in counts) or any(type(row) is not dict for row in state["unlogged"]):
+            raise TypeError("a count is no count, or a row of metrics no row")
         checkpoints.load_weights(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -618,7 +628,7 @@ class GRPOTrainer:
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.unlogged = state["unlogged"]
-        self.batch = Batch.from_dict(state["batch"], self.device) if state["batch"] else None
+        self.batch = Batch.from_dict(state["batch"], self.device) if state["batch"] is not None else None
         checkpoints.restore_random_state(state["random"])
 
     def _state(self) -> dict[str, Any]:
@@ -659,9 +669,7 @@ class GRPOTrainer:
         if config.disable_dropout:
             disable_dropout(model)
         if config.gradient_checkpointing:
-            # transformers renamed it in 5.2x; older versions know the second name only
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable_checkpointing(model)
         if getattr(model, "generation_config", None) is not None:
             try:
                 model.generation_config.validate(strict=True)

@@ -81,6 +81,7 @@ def test_the_defaults_pass_their_own_checks_unchanged():
         ("gamma", 1.1, "greater than 0 and at most 1"),
         ("std_eps", 0.0, "greater than 0"),
         ("aggregation_constant", 0.0, "greater than 0"),
+        ("reward_timeout", 0.0, "greater than 0"),
         ("logging_steps", 0, "at least 1"),
         ("save_steps", 0, "at least 1"),
         ("save_total_limit", 0, "at least 1"),

@@ -80,6 +80,7 @@ def file(tmp_path, monkeypatch):
     ("name", "content"),
     [
         ("p.txt", "2+2=\n\n  \nwas ist ½?\n"),  # empty lines are no prompts
+        ("p.txt", "\ufeff2+2=\r\nwas ist ½?\r\n"),  # as Windows writes it
         ("p.jsonl", '{"prompt": "2+2=", "answer": 4}\n{"prompt": "was ist ½?", "answer": null}\n'),
         ("p.json", '[{"prompt": "2+2=", "answer": 4}, {"prompt": "was ist ½?", "answer": null}]'),
         ("p.csv", "prompt,answer\n2+2=,4\nwas ist ½?,\n"),
@@ -110,8 +111,13 @@ def test_the_prompts_may_stand_in_another_column(file):
         ("p.txt", "", "p.txt is empty: at least one prompt is needed"),
         ("p.jsonl", "", "p.jsonl is empty: at least one prompt is needed"),
         ("p.txt", " \n\n", "p.txt is empty: at least one prompt is needed"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "could not read the dataset .*p.jsonl: JSON parse error.*row 1"),
-        ("p.jsonl", "hello\n", "could not read the dataset .*p.jsonl: JSON parse error"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "could not read the dataset .*p.jsonl: line 2 is not JSON"),
+        ("p.jsonl", "hello\n", "could not read the dataset .*p.jsonl: line 1 is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\nnull\n', 'p.jsonl: row 1 must be an object such as {"prompt": .*got null'),
+        ("p.json", '[{"prompt": "a"},\n3', "p.json: .*line 2 column 2"),
+        ("p.json", '{"prompt": ' + "[" * 10**5 + "]" * 10**5 + "}", "p.json: .*(recursion|nested)"),
+        ("p.csv", "prompt\none, two, three\n", 'more fields than the header. Write a prompt with commas "in quotes"'),
+        ("p.txt", "caf\xe9\n".encode("latin-1"), "p.txt: 'utf-8' codec .*Save it as UTF-8"),
         ("p.parquet", "hello", "could not read the dataset .*p.parquet: Parquet"),
         ("p.jsonl", '{"question": "a"}\n', "p.jsonl has no column 'prompt', only question. Name the right one"),
         ("p.csv", "prompt,answer\na,1\n,2\n", "p.csv: prompt 1 must be a string .*got None"),

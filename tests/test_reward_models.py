@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from itertools import count
 
 import pytest
 import torch
@@ -190,8 +191,12 @@ def returning(*values):
     [
         (broken, "'broken' raised KeyError: 'answer'"),
         (matches, "'matches' raised LookupError: .*needs the column 'answer', and the dataset has prompt"),
-        (returning(0.5), "'judge' raised TypeError: 'float' object is not iterable"),
-        (returning(1.0, 2.0, 3.0), "'judge' returned 3 values for 2 completions"),
+        (returning(0.5), "'judge' must return a list with one number per completion, got 0.5"),
+        (returning(1.0), "'judge' must return a list .*got 1.0"),
+        (returning(None), "'judge' must return a list .*got None"),
+        (returning([1.0]), "'judge' returned 1 values for 2 completions"),
+        (returning(count()), "'judge' returned 3 or more values for 2 completions"),
+        (returning(1.0, 10**5000), "'judge' returned inf for the completion 'bb'"),
         (returning(1.0, "2"), "'judge' must return numbers or None, got '2'"),
         (returning(1.0, [2.0]), r"'judge' must return numbers or None, got \[2.0\]"),
         (returning(1.0, 2j), "'judge' must return numbers or None, got 2j"),

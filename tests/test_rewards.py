@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from grpo_lab.rewards import (
     BUILT_IN,
+    MAX_EXPRESSION,
+    MAX_TEXT,
     countdown,
     evaluate_expression,
     exact_answer,
@@ -166,6 +168,16 @@ def test_the_final_number_of_a_text(text, number):
     assert final_number(text) == (None if number is None else Fraction(number))
 
 
+def test_the_limits_are_what_they_say():
+    spaces = " " * (MAX_EXPRESSION - 3)
+    assert evaluate_expression(f"3+{spaces}5") == (8, [3, 5])  # the last length that is read
+    assert evaluate_expression(f"3+{spaces} 5") is None
+    assert final_number("9" * MAX_EXPRESSION) == 10**MAX_EXPRESSION - 1
+    assert final_number("9" * (MAX_EXPRESSION + 1)) is None
+    assert final_number("7" + " " * (MAX_TEXT - 1)) == 7
+    assert final_number("7" + " " * MAX_TEXT) is None
+
+
 def test_a_numeric_answer_compares_values_not_spellings():
     completions = ["1200", "1,200.00", "$1200 ", "-1200", "1200.001", "none", "#### 1,200"]
     assert numeric_answer(["?"] * 7, completions, answer=["1,200"] * 7) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
@@ -199,11 +211,27 @@ def test_a_format_must_match_the_whole_text_across_lines():
     good = "<think>a\nb</think>\n<answer>4</answer>"
     completions = [good, f" {good}\n", f"so: {good}", f"{good}!", good.replace("4", "x"), ""]
     assert reward(["?"] * 6, completions, answer=["4"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: .*position 0"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: .*position 1"):
         matches_format("(")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_pattern_that_takes_for_ever_scores_zero_with_a_warning():
+    pattern = f"(a|aa)+$(?#{'x' * 99})"  # a long comment, of which the warning shows only the beginning
+    said = r"the pattern '\(a\|aa\)\+\$\(\?#x{69}' takes more than 0\.5 s .* score 0\. Does it .* \(a\+\)\+ does\?$"
+    with pytest.warns(UserWarning, match=said):
+        assert matches_format(pattern)(["?"] * 2, ["a" * 60 + "!", "aaa"]) == [0.0, 1.0]
+
+
+def test_an_error_shows_only_the_beginning_of_a_long_text():
+    with pytest.raises(ValueError, match=r"got 'x{60}'$"):
+        countdown(["x" * 99], ["3"])
+    with pytest.raises(ValueError, match=r"got 'x{60}'$"):
+        numeric_answer(["?"], ["7"], answer=["x" * 99])
+    with pytest.raises(ValueError, match=r"^'\({80}' is not"):
+        matches_format("(" * 99)
+
+
+@pytest.mark.parametrize("name", ["countdown", "exact_answer", "numeric_answer"])
 def test_built_in_rewards_take_any_columns_and_refuse_lists_of_different_lengths(name):
     columns = {"answer": ["22", "7"], "difficulty": ["easy", "hard"]}
     first = 0.0 if name == "countdown" else 1.0  # 22 is the answer, but uses none of the numbers
