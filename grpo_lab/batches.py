@@ -21,7 +21,8 @@ class StepRecord:
     metrics: dict[str, float]
     """See grpo_lab.reporting.METRICS."""
     completions: list[dict[str, Any]]
-    """One per completion: prompt, completion, reward, rewards of each function, advantage."""
+    """One per completion: prompt, completion, reward, rewards of each function, advantage, and its tokens with their
+    log-probabilities (`token_rows`)."""
 
 
 @dataclass
@@ -35,6 +36,18 @@ class MicroBatch:
     """[B, T] in nats as of the first update on this batch; None until then."""
     advantages: Tensor | None = None
     """[B], or [B, T] where gamma < 1."""
+
+    def token_rows(self) -> list[dict[str, list]]:
+        """For each completion its tokens and their log-probabilities in nats, to four decimals, to be logged."""
+        columns = {"completion_ids": self.rollouts.completion_ids, "logprobs": self.rollouts.logprobs}
+        if self.ref_logprobs is not None:
+            columns["ref_logprobs"] = self.ref_logprobs
+        mask = self.rollouts.completion_mask.cpu()
+        columns = {name: values.cpu() for name, values in columns.items()}
+        return [
+            {name: [round(x, 4) for x in values[i][mask[i]].tolist()] for name, values in columns.items()}
+            for i in range(len(mask))
+        ]
 
 
 @dataclass

@@ -233,7 +233,7 @@ def test_any_tokenizer_has_something_to_pad_with(pad, eos, expected):
 
 @pytest.mark.parametrize(
     ("of_model", "of_tokenizer", "expected"),
-    [([7, 4], 4, [4, 7]), (7, 4, [4, 7]), (0, None, [0]), (None, 4, [4]), (None, None, [])],
+    [([7, 4], 4, [4, 7]), ([7, 9], 4, [4, 7, 9]), (7, 4, [4, 7]), (0, None, [0]), (None, 4, [4]), (None, None, [])],
 )
 def test_the_ends_are_those_of_the_model_and_of_the_tokenizer(of_model, of_tokenizer, expected):
     model, tokenizer = tiny_model(), SimpleNamespace(eos_token_id=of_tokenizer)

@@ -122,6 +122,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes
     monkeypatch.setattr(scoring, "token_logprobs", spy)
     forward, chunked, chunked_gradient = run()
     assert forward == sizes  # so many positions at a time, in order; whole rows where all fits at once
+    assert sorted(seen) == sorted(sizes * (2 if len(sizes) > 1 else 1))  # chunks are recomputed in backward, not kept
     assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
     assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
     assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, trainer
 from grpo_lab.advantages import group_advantages
 from grpo_lab.config import PRESETS
 from grpo_lab.pocket.make import make_tokenizer
+from grpo_lab.reporting import wilson_interval
 
 PROMPTS = [f"{a},{b},{a + b}:{a * b}=" for a in range(1, 4) for b in range(1, 5)]
 
@@ -181,11 +182,21 @@ def test_the_whole_gradient_of_the_first_update_is_reinforce(tmp_path):
     assert run.update(batch)["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_every_rollout_draws_numbers_of_its_own(tmp_path):
+    run = make_trainer(tmp_path)
+    first, again = texts(run.collect([0, 1])), texts(run.collect([0, 1]))
+    run.step = 1
+    assert first == again != texts(run.collect([0, 1]))
+
+
 # --- rewards, groups, gamma ------------------------------------------------------------------------------
 
 
 def test_columns_stand_beside_their_own_prompts_k_times(tmp_path):
+    judged = []
+
     def reward(prompts, completions, answer, **columns):
+        judged.extend(zip(prompts, completions, strict=True))
         assert "unused" in columns
         assert [p.split(":")[1] for p in prompts] == [f"{a}=" for a in answer]
         return [float(len(c)) for c in completions]
@@ -197,6 +208,7 @@ def test_columns_stand_beside_their_own_prompts_k_times(tmp_path):
     assert torch.allclose(
         torch.tensor([row["advantage"] for row in record.completions]).view(4, 4), group_advantages(rewards)
     )
+    assert judged == [(row["prompt"], row["completion"]) for row in record.completions]
     for group in range(4):
         assert len({row["prompt"] for row in record.completions[4 * group : 4 * group + 4]}) == 1
 
@@ -285,9 +297,12 @@ def test_metrics_are_what_they_are_called(tmp_path):
     model.load_state_dict(before)
     second = next(records).metrics
     rewards = torch.tensor([row["reward"] for row in batch.completions]).view(4, 4)
-    entropy = kl = tokens = moved = 0.0
+    entropy = kl = tokens = moved = cut_off = 0.0
+    lengths = []
     for part in batch.parts:
         r = part.rollouts
+        lengths += r.completion_mask.sum(1).tolist()
+        cut_off += sum(1 not in row for row in r.completion_ids.tolist())  # 1 ends a completion, 0 pads
         with torch.no_grad():
             positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
             logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
@@ -310,8 +325,16 @@ def test_metrics_are_what_they_are_called(tmp_path):
     assert second["reward_std"] == pytest.approx(rewards.std(1).mean().item())
     assert second["frac_reward_zero_std"] == (rewards.std(1) == 0).float().mean().item()
     assert second["completions/mean_length"] == tokens / 16
+    assert (second["completions/min_length"], second["completions/max_length"]) == (min(lengths), max(lengths))
+    assert second["completions/clipped_ratio"] == cut_off / 16 != 0.5  # or its opposite would pass
+    assert second["epoch"] == 4 / 12  # four of the twelve prompts have been used
     assert second["num_tokens"] == sum(p.rollouts.attention_mask.sum().item() for p in batch.parts)
     assert set(second) <= {*trainer_metrics(), "rewards/likes_threes/mean"}
+
+
+def test_dead_groups_are_counted(tmp_path):
+    run = make_trainer(tmp_path, reward=lambda prompts, completions: [0.0, 1.0, 0.0, 0.0] + [0.7] * 12)
+    assert run.collect([0, 1, 2, 3]).metrics["frac_reward_zero_std"] == 3 / 4
 
 
 def trainer_metrics():
@@ -358,7 +381,10 @@ def test_the_bar_says_reward_kl_and_length_and_why_the_loss_is_zero(tmp_path, ca
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 16
-    assert set(rows[0]) == {"step", "prompt", "completion", "reward", "rewards", "advantage"}
+    words = {"step", "prompt", "completion", "reward", "rewards", "advantage"}
+    assert set(rows[0]) == words | {"completion_ids", "logprobs", "ref_logprobs"}
+    assert {len(row["completion_ids"]) - len(row["logprobs"]) for row in rows} == {0}
+    assert make_tokenizer().decode(rows[0]["completion_ids"], skip_special_tokens=True) == rows[0]["completion"]
 
 
 # --- faults ----------------------------------------------------------------------------------------------
@@ -379,6 +405,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fata
     assert skipping["skipped_steps"] == 1
     assert "skipped 1" in trainer._few_words(skipping)
     assert torch.equal(before, weights(run))
+    assert run.scheduler.last_epoch == 1  # the schedule waits too
     monkeypatch.setattr(trainer, "grpo_loss", real)
     assert next(records).metrics["skipped_steps"] == 1
     monkeypatch.setattr(trainer, "grpo_loss", broken)
@@ -584,14 +611,27 @@ def test_evaluation_counts_right_answers_and_leaves_training_alone(tmp_path):
     assert scores["eval/pass@1"] * 15 == pytest.approx(round(scores["eval/pass@1"] * 15))
 
 
+def test_the_numbers_of_an_evaluation_by_hand(tmp_path):
+    # three prompts: one greedy answer each; then two samples each, of which both, one and none are right
+    rewards = {3: [1.0, 0.9, 1.0], 6: [1.0, 2.0, 0.5, 1.0, None, 0.0]}
+    run = make_trainer(tmp_path, reward=lambda prompts, completions: rewards[len(completions)])
+    scores = run.evaluate(SimplePromptDataset(PROMPTS[:3]), num_generations=2)
+    shares = {"pass@1_greedy": 2 / 3, "pass@1": (1 + 1 / 2 + 0) / 3, "pass@2": 2 / 3}
+    for name, share in shares.items():
+        bounds = (scores[f"eval/{name}_low"], scores[f"eval/{name}_high"])
+        assert (scores[f"eval/{name}"], *bounds) == pytest.approx((share, *wilson_interval(share, 3))), name
+    assert scores["eval/reward"] == pytest.approx((1 + 2 + 0.5 + 1 + 0) / 5)  # what was not scored does not count
+
+
 def test_greedy_evaluation_is_what_generate_says(tmp_path, tokenizer):
     model = tiny_model()
     expected = []
     for prompt in PROMPTS[:6]:
         ids = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        expected.append("3" in tokenizer.decode(out, skip_special_tokens=True))
-    run = make_trainer(tmp_path, model=model, reward=lambda prompts, completions: ["3" in c for c in completions])
+        expected.append("1" in tokenizer.decode(out, skip_special_tokens=True))
+    assert 0 < sum(expected) < 6
+    run = make_trainer(tmp_path, model=model, reward=lambda prompts, completions: ["1" in c for c in completions])
     scores = run.evaluate(SimplePromptDataset(PROMPTS[:6]))
     assert scores["eval/pass@1_greedy"] == sum(expected) / 6
 
