@@ -1,9 +1,11 @@
 """What a run tells about itself: JSONL files, the meaning of each metric, and figures made from them."""
 
+import html
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +171,103 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
         low, high = min(0.0, panel.get_ylim()[0]), panel.get_ylim()[1]
         panel.set_ylim(low, high + 0.05 * (high - low))
     return figure
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run that was made before, from its folder in runs/."""
+
+    info: dict[str, Any]
+    """Of run.json: settings, seed, date, device, versions, accuracy before and after."""
+    metrics: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """When and where, to stand beside everything that is drawn from it."""
+        return f"recorded {self.info['date']} on {self.info['device']}, PyTorch {self.info['versions']['torch']}"
+
+
+def recorded_runs(name: str, folder: str | Path | None = None) -> list[RecordedRun]:
+    """The recorded runs of this name, one per seed, in the order of the seeds.
+
+    Args:
+        name: a folder's name in runs/ without its seed, such as "K-4".
+        folder: runs/ itself; None looks for it in this folder, those above it, and beside the package.
+    Raises: ValueError if there are none.
+    """
+    places = [Path(folder)] if folder else [p / "runs" for p in (*_here_and_above(), Path(__file__).parents[1])]
+    found = next((paths for place in places if (paths := list(place.glob(f"{name}-seed*")))), [])
+    if not found:
+        raise ValueError(f"there is no recorded run {name!r} in {', '.join(map(str, places))}.")
+    runs = [
+        RecordedRun(
+            json.loads((path / "run.json").read_text(encoding="utf-8")),
+            JsonLines(path / "metrics.jsonl").read(),
+            JsonLines(path / "completions.jsonl").read(),
+        )
+        for path in found
+    ]
+    return sorted(runs, key=lambda run: run.info["seed"])
+
+
+def _here_and_above() -> list[Path]:
+    here = Path.cwd()
+    return [here, *here.parents]
+
+
+def completions_table(rows: Sequence[Mapping[str, Any]], tokenizer=None) -> str:
+    """Rows of completions.jsonl as an HTML table: prompt, completion, reward, advantage.
+
+    With the tokenizer, and where the row has them, each token is shaded by its log-ratio to the reference.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
+    names = names if len(names) > 1 else []  # one reward is the reward
+    head = ["prompt", "completion", "reward", *names, "advantage"]
+    lines = []
+    for row in rows:
+        parts = [row["rewards"].get(name) for name in names]
+        cells = [
+            f"<td style='text-align:left'><code>{_text(row['prompt'])}</code></td>",
+            f"<td style='text-align:left'><code>{_completion(row, tokenizer)}</code></td>",
+            *(f"<td>{'' if value is None else f'{value:.2f}'}</td>" for value in (row["reward"], *parts)),
+            f"<td style='background:{_shade(row['advantage'] / 2)}'>{row['advantage']:+.2f}</td>",
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    return html.escape(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
+def _completion(row: Mapping[str, Any], tokenizer) -> str:
+    if tokenizer is None or "completion_ids" not in row or "ref_logprobs" not in row:
+        return html.escape(row["completion"])
+    ratios = [ours - theirs for ours, theirs in zip(row["logprobs"], row["ref_logprobs"], strict=True)]
+    return "".join(
+        f"<span title='{ratio:+.2f} nats' style='background:{_shade(ratio / 3)}'>"
+        f"{html.escape(tokenizer.decode([token]))}</span>"
+        for token, ratio in zip(row["completion_ids"], ratios, strict=True)
+    )
+
+
+def _shade(value: float) -> str:
+    """Blue for positive, orange for negative, clear for zero; full at 1."""
+    strength = min(1.0, abs(value)) * 0.6
+    return f"rgba(0,114,178,{strength:.2f})" if value >= 0 else f"rgba(230,159,0,{strength:.2f})"
+
+
+def progress_bar(done: int, total: int, seconds_left: float) -> str:
+    """How far a run is, as HTML."""
+    share = done / total
+    words = f"step {done} of {total}" + (f", about {seconds_left:.0f} s left" if done < total else "")
+    return (
+        "<div style='background:#ddd; width:320px; height:8px; border-radius:4px; margin:4px 0'>"
+        f"<div style='background:{COLOURS['reward']}; width:{share:.0%}; height:8px; border-radius:4px'></div></div>"
+        f"<div>{words}</div>"
+    )
 
 
 def _curve(panel, rows, name: str, colour: str, label: str | None = None, line: str = "-") -> None:

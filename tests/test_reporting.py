@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 
@@ -10,8 +11,12 @@ from grpo_lab.reporting import (
     COLOURS,
     METRICS,
     JsonLines,
+    _shade,
+    completions_table,
     mean_metrics,
     pass_at_k,
+    progress_bar,
+    recorded_runs,
     training_figure,
     wilson_interval,
 )
@@ -192,3 +197,47 @@ def test_a_figure_of_a_run_that_has_not_begun_is_empty(tmp_path):
 def test_every_metric_is_explained():
     assert all(len(text) > 10 for text in METRICS.values())
     assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+# --- tables, and runs that were recorded ---------------------------------------------------------------------
+
+
+def test_a_table_of_completions_shows_several_rewards_and_escapes_text():
+    row = {"prompt": [{"role": "user", "content": "2<3?"}], "completion": "<yes>", "reward": 1.5, "advantage": -0.25}
+    one = completions_table([row | {"rewards": {"right": 1.0}}])
+    two = completions_table([row | {"rewards": {"right": 1.0, "short": None}}])
+    assert "2&lt;3?" in one
+    assert "&lt;yes&gt;" in one
+    assert "-0.25" in one
+    assert re.findall(r"<th>(.*?)</th>", one) == ["prompt", "completion", "reward", "advantage"]
+    assert re.findall(r"<th>(.*?)</th>", two) == ["prompt", "completion", "reward", "right", "short", "advantage"]
+    assert "<td>1.00</td><td></td>" in two  # a reward that did not score is empty, not 0
+
+
+def test_a_shade_says_the_sign_by_its_hue_and_the_size_by_its_strength():
+    assert [_shade(x) for x in (0.0, 0.5, 9.0)] == [f"rgba(0,114,178,{a})" for a in ("0.00", "0.30", "0.60")]
+    assert _shade(-0.5) == "rgba(230,159,0,0.30)"
+
+
+def test_progress_counts_down():
+    assert "step 1 of 4, about 30 s left" in progress_bar(1, 4, 30.2)
+    assert "width:25%" in progress_bar(1, 4, 30.2)
+    assert "left" not in progress_bar(4, 4, 0.0)
+
+
+def test_recorded_runs_come_by_name_in_the_order_of_their_seeds(tmp_path, monkeypatch):
+    for seed in (10, 2):
+        folder = tmp_path / "runs" / f"K-4-seed{seed}"
+        folder.mkdir(parents=True)
+        info = {"seed": seed, "date": "2026-01-02", "device": "cpu", "versions": {"torch": "2.13"}}
+        (folder / "run.json").write_text(json.dumps(info))
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert [run.info["seed"] for run in recorded_runs("K-4", tmp_path / "runs")] == [2, 10]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "er")  # a notebook's folder
+    (run, _) = recorded_runs("K-4")
+    assert run.metrics == [{"step": 1}]
+    assert run.completions == []
+    assert run.label == "recorded 2026-01-02 on cpu, PyTorch 2.13"
+    with pytest.raises(ValueError, match="no recorded run 'K-5'"):
+        recorded_runs("K-5")

@@ -1,0 +1,242 @@
+"""Sliders over figures, a dashboard over a run, and a browser for its samples: thin ipywidgets over reporting.
+
+Whatever is shown here also shows itself where no widget runs (GitHub, nbviewer, a PDF): as a picture, and in
+words with rounded numbers, which is what the tests of the notebooks compare.
+"""
+
+import base64
+import html
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ipywidgets
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+from grpo_lab.reporting import JsonLines, completions_table, progress_bar, training_figure
+
+SCREEN_DPI, PRINT_DPI = 80, 160  # a slider's answer should come at once; what is saved should be sharp
+Record = TypeVar("Record")
+
+
+def slider(label: str, low: float, high: float, value: float, step: float = 1) -> ipywidgets.Box:
+    """A slider beside a field with its name and number, each following the other.
+
+    The field is what a screen reader finds: ipywidgets' sliders have no accessible name. `.value` and
+    `.observe` of the slider are those of the result's `control`.
+    """
+    whole = all(float(x).is_integer() for x in (low, high, value, step))
+    Slider, Field = (
+        (ipywidgets.IntSlider, ipywidgets.BoundedIntText) if whole else
+        (ipywidgets.FloatSlider, ipywidgets.BoundedFloatText)
+    )  # fmt: skip
+    settings = {"min": low, "max": high, "value": value, "step": step}
+    control = Slider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
+    field = Field(**settings, description=label, style={"description_width": "initial"},
+                  layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
+    return _row(control, field, ipywidgets.jslink((control, "value"), (field, "value")))
+
+
+def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
+    """Buttons of which one is pressed."""
+    control = ipywidgets.ToggleButtons(
+        options=list(options), value=value or options[0], description=label,
+        style={"description_width": "initial", "button_width": "auto"},
+    )  # fmt: skip
+    return _row(control)
+
+
+def _row(control, field=None, link=None) -> ipywidgets.Box:
+    row = ipywidgets.HBox([field, control] if field else [control], layout=ipywidgets.Layout(margin="0 24px 0 0"))
+    row.control, row.link = control, link
+    return row
+
+
+class _Controlled:
+    """Controls above a view that is made anew whenever one of them moves; each is an attribute of its name."""
+
+    def __init__(self, controls: Mapping[str, ipywidgets.Box], view: ipywidgets.Widget, *, continuous: bool = True):
+        self._controls = {name: row.control for name, row in controls.items()}
+        for name, control in self._controls.items():
+            setattr(self, name, control)
+            if hasattr(control, "continuous_update"):
+                control.continuous_update = continuous
+            control.observe(lambda _: self._update(), "value")
+        rows = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        self.widget = ipywidgets.VBox([rows, view])
+        self._update()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The present value of each control."""
+        return {name: control.value for name, control in self._controls.items()}
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _view(self) -> dict[str, Any]:
+        # what every front end shows that has a kernel
+        return {
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id,
+            }
+        }  # fmt: skip
+
+
+class Explorer(_Controlled):
+    """A figure that follows its controls.
+
+    Args:
+        draw: `draw(figure, **values) -> str` draws into the (cleared) figure and says in words and rounded
+            numbers what it shows.
+        size: in inches.
+        continuous: redraw while a slider is dragged; False where a redraw takes more than a tenth of a second.
+        controls: `name=slider(...)` or `name=choice(...)`; each is then `explorer.name`, with a `.value`.
+
+    >>> explorer = Explorer(lambda figure, K: f"K = {K}", K=slider("group size K", 2, 64, 8))
+    >>> explorer.K.value = 16
+    >>> explorer
+    K = 16
+    """
+
+    def __init__(self, draw: Callable[..., str], *, size=(8.0, 3.4), continuous: bool = True, **controls):
+        self._draw, self.figure = draw, Figure(figsize=size)
+        self._image = ipywidgets.HTML()
+        self._words = ipywidgets.HTML()
+        super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
+
+    def _update(self) -> None:
+        self.figure.clear()
+        self.text = self._draw(self.figure, **self.values)
+        self._image.value = img_tag(png(self.figure, SCREEN_DPI), self.text, self.figure)
+        self._words.value = f"<pre style='margin:0; line-height:1.3'>{html.escape(self.text)}</pre>"
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _picture(self.figure, self.text, self._view())
+
+
+class Picture:
+    """A figure together with what it shows in words: the words are compared by the tests, the figure is looked at."""
+
+    def __init__(self, figure: Figure, text: str):
+        self.figure, self.text = figure, text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _picture(self.figure, self.text)
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """The figure as the bytes of a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    return file.getvalue()
+
+
+def img_tag(picture: bytes, alt: str, figure: Figure) -> str:
+    """The picture as HTML, as wide as the figure is in inches of 80 pixels."""
+    width = round(figure.get_figwidth() * SCREEN_DPI)
+    data = base64.b64encode(picture).decode()
+    return f'<img width="{width}" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def _picture(figure: Figure, text: str, more: Mapping[str, Any] | None = None) -> tuple[dict, dict]:
+    data = base64.b64encode(png(figure, PRINT_DPI)).decode()
+    size = {"width": round(figure.get_figwidth() * SCREEN_DPI), "alt": text}
+    return {"text/plain": text, "image/png": data, **(more or {})}, {"image/png": size}
+
+
+def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: int = 8) -> Iterator[Record]:
+    """Pass the records of a run on, and show them as they come: curves, completions, progress, time left.
+
+    Args:
+        records: `trainer.steps()`, or anything with `.metrics` and `.completions`.
+        total: how many will come.
+        seconds: between two pictures; drawing one takes about a fifth of a second.
+        rows: completions in the table.
+    """
+    history: list[Mapping[str, Any]] = []
+    began = shown = time.perf_counter()
+    curves = table = None
+    for record in records:
+        history.append(record.metrics)
+        now = time.perf_counter()
+        if curves is None or now - shown >= seconds or len(history) == total:
+            left = (now - began) / len(history) * (total - len(history))
+            picture = Picture(training_figure(history), _state(history, total))
+            words = HTML(progress_bar(len(history), total, left) + completions_table(record.completions[:rows]))
+            if curves is None:
+                curves, table = display(picture, display_id=True), display(words, display_id=True)
+            else:
+                curves.update(picture)
+                table.update(words)
+            shown = time.perf_counter()
+        yield record
+
+
+def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:
+    last = {name: value for name, value in history[-1].items() if value is not None}
+    names = [name for name in ("reward", "kl", "entropy", "completions/mean_length") if name in last]
+    return f"step {len(history)} of {total}: " + ", ".join(f"{name} {last[name]:.3f}" for name in names)
+
+
+class SampleBrowser(_Controlled):
+    """What the model wrote, step by step: the K completions of a prompt with rewards and advantages.
+
+    Tokens are coloured by how far the policy had moved from the reference: the log-ratio in nats.
+
+    Args:
+        path: the `completions.jsonl` of a run, or its folder.
+        tokenizer: shows the tokens one by one; without it, completions are shown whole.
+    Raises: ValueError if the run has logged no completions.
+    """
+
+    def __init__(self, path: str | Path, tokenizer=None):
+        path = Path(path)
+        rows = JsonLines(path / "completions.jsonl" if path.is_dir() else path).read()
+        if not rows:
+            raise ValueError(f"there are no completions in {path}. Has the run logged a step (logging_steps)?")
+        self._tokenizer = tokenizer
+        self._steps = sorted({row["step"] for row in rows})
+        self._groups = {step: _by_prompt([row for row in rows if row["step"] == step]) for step in self._steps}
+        self._view_html = ipywidgets.HTML()
+        most = max(len(groups) for groups in self._groups.values())
+        super().__init__(
+            {
+                "step": slider("logged step", 1, len(self._steps), len(self._steps)),
+                "prompt": slider("prompt", 1, most, 1),
+            },
+            self._view_html,
+        )
+
+    def _update(self) -> None:
+        step = self._steps[self.step.value - 1]
+        groups = self._groups[step]
+        rows = groups[min(self.prompt.value, len(groups)) - 1]
+        self.text = f"step {step}, {rows[0]['prompt']}: " + ", ".join(
+            f"{row['completion']} ({row['reward']:.2f})" for row in rows
+        )
+        title = f"<b>step {step}</b> · prompt {min(self.prompt.value, len(groups))} of {len(groups)}"
+        self.html = title + completions_table(rows, self._tokenizer)
+        self._view_html.value = self.html
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/plain": self.text, "text/html": self.html, **self._view()}
+
+
+def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    groups: dict[str, list] = {}
+    for row in rows:
+        groups.setdefault(str(row["prompt"]), []).append(row)
+    return list(groups.values())
