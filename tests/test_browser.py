@@ -1,0 +1,122 @@
+"""Every notebook in JupyterLab, as a learner sees it: it runs, its sliders move its pictures, nothing complains."""
+
+import statistics
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser import CHROMIUM, jupyter_lab, open_and_run, page_of_chromium, shut_kernel
+
+psutil = pytest.importorskip("psutil")
+pytest.importorskip("playwright.sync_api")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium found"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of the browser's driver
+]
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHOTS = ROOT / "test-artefacts"
+BINDER_MEMORY = 1.5 * 2**30  # bytes; Binder promises 1 GB and ends what takes more than 2
+
+
+def has_sliders(path: Path) -> bool:
+    return any("=slider(" in cell.source.replace(" ", "") for cell in nbformat.read(path, 4).cells)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A copy of the notebooks under a server: nothing that a browser saves lands in the repository."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "runs").symlink_to(ROOT / "runs")
+    (folder / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        (folder / "notebooks" / path.name).write_bytes(path.read_bytes())
+    SHOTS.mkdir(exist_ok=True)
+    with jupyter_lab(folder) as server, page_of_chromium() as page:
+        yield page, *server
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_and_its_sliders_answer(lab, path):
+    page, address, token, pid = lab
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    counts = open_and_run(page, address, token, f"notebooks/{path.name}")
+    assert None not in counts
+    assert (
+        page.locator(
+            "[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]"
+        ).count()
+        == 0
+    )
+    page.screenshot(path=SHOTS / f"{path.stem}-top.png")
+    used = memory_of(pid)
+    if has_sliders(path):
+        sliders = page.get_by_role("slider")
+        assert sliders.count() > 0
+        for index in range(sliders.count()):
+            each_slider_moves_something(page, sliders.nth(index))
+        sliders.first.scroll_into_view_if_needed()
+        page.screenshot(path=SHOTS / f"{path.stem}-slider.png")
+    shut_kernel(page)
+    assert not errors
+    assert used < BINDER_MEMORY, f"{used / 2**30:.2f} GiB"
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of the server and all its kernels."""
+    process = psutil.Process(pid)
+    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+
+
+VIEW = """slider => {
+  const box = slider.closest('.jp-OutputArea-output');
+  return box.querySelector('img')?.src ?? box.innerText;
+}"""
+
+
+def each_slider_moves_something(page, slider) -> None:
+    """By keyboard and by mouse, what stands under a slider changes with it."""
+    handle = slider.element_handle()
+    slider.scroll_into_view_if_needed()
+    before = handle.evaluate(VIEW)
+    slider.focus()
+    key = (
+        "ArrowLeft" if slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax") else "ArrowRight"
+    )
+    page.keyboard.press(key)
+    page.wait_for_function(f"([slider, before]) => ({VIEW})(slider) !== before", arg=[handle, before], timeout=20_000)
+    before, value = handle.evaluate(VIEW), slider.get_attribute("aria-valuenow")
+    box = slider.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + (60 if key == "ArrowRight" else -60), box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    assert slider.get_attribute("aria-valuenow") != value
+    page.wait_for_function(f"([slider, before]) => ({VIEW})(slider) !== before", arg=[handle, before], timeout=20_000)
+
+
+def test_the_k_slider_answers_at_once(lab):
+    page, address, token, _ = lab
+    open_and_run(page, address, token, "notebooks/04_group_advantages.ipynb")
+    slider = page.get_by_role("slider").first
+    slider.scroll_into_view_if_needed()
+    handle, milliseconds = slider.element_handle(), []
+    slider.focus()
+    for _ in range(15):
+        before = handle.evaluate(VIEW)
+        began = time.perf_counter()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(
+            f"([slider, before]) => ({VIEW})(slider) !== before", arg=[handle, before], polling="raf"
+        )
+        milliseconds.append(1000 * (time.perf_counter() - began))
+    shut_kernel(page)
+    median = statistics.median(milliseconds)
+    (SHOTS / "slider-milliseconds.txt").write_text(
+        f"{median:.0f} (median of {len(milliseconds)}, key to new picture)\n"
+    )
+    assert median < 300  # 100 on an idle machine; this one may be busy
