@@ -103,7 +103,7 @@ class Explorer(_Controlled):
     """
 
     def __init__(self, draw: Callable[..., str], *, size=(8.0, 3.4), continuous: bool = True, **controls):
-        self._draw, self.figure = draw, Figure(figsize=size)
+        self._draw, self.figure = draw, Figure(figsize=size, dpi=SCREEN_DPI)
         self._image = ipywidgets.HTML()
         self._words = ipywidgets.HTML()
         super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
