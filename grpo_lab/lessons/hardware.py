@@ -1,5 +1,6 @@
 """What fits where: a configuration for the device at hand, and what a training step keeps in memory."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from grpo_lab.checks import Case, Judge
+from grpo_lab.reporting import pass_at_k
 from grpo_lab.scoring import completion_logprobs
 
 GIB = 2**30
@@ -49,6 +52,34 @@ def choose(gpu_memory: int | None) -> Choice:
     found = next(choice for least, choice in CHOICES if gpu_memory >= least * GIB)
     rate = 2e-5 if "lora_rank" in found.settings else 2e-6
     return Choice(found.model_name, {**COMMON, "learning_rate": rate, **found.settings})
+
+
+pass_at_k_judge = Judge(
+    contract="pass_at_k(n, correct, k) -> the chance that at least one of k answers is right, when correct of n are",
+    reference=pass_at_k,
+    hint="Draw k of the n answers without putting any back. In how many of the draws are all of them wrong?",
+    cases=(
+        Case("one answer of two, one is right", 2, 1, 1),
+        Case("both of two, one is right", 2, 1, 2),
+        Case("none is right", 4, 0, 2),
+        Case("all are right", 4, 4, 3),
+        Case("two of four, one is right", 4, 1, 2),
+        Case("two of four, two are right", 4, 2, 2),
+        Case("more draws than wrong answers", 8, 6, 4),
+        Case("many", 64, 5, 8),
+    ),
+    diagnoses={
+        "you put the answers back: 1 - (1 - correct/n)^k": lambda n, correct, k: 1 - (1 - correct / n) ** k,
+        "you give the share of right answers, whatever k is": lambda n, correct, k: correct / n,
+        "you add the chances up, and they are not exclusive": lambda n, correct, k: min(1.0, k * correct / n),
+        "you give the chance that all of the k are wrong": lambda n, correct, k: 1 - pass_at_k(n, correct, k),
+        "you ask that all of the k be right": lambda n, correct, k: math.comb(correct, k) / math.comb(n, k),
+        "you say 1 as soon as one of the n is right": lambda n, correct, k: float(correct > 0),
+        "you count exactly one right answer among the k": lambda n, correct, k: (
+            correct * math.comb(n - correct, k - 1) / math.comb(n, k)
+        ),
+    },
+)
 
 
 def kept_for_backward(model: nn.Module, rows: int, prompt_tokens: int, new_tokens: int) -> int:

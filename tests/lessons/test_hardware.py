@@ -1,12 +1,24 @@
 """What fits where: choices for devices, and bytes that are really counted."""
 
+import itertools
+
 import pytest
+import torch
 from conftest import tiny_model
 from matplotlib.figure import Figure
 
 from grpo_lab import GRPOConfig
 from grpo_lab.devices import enable_checkpointing
-from grpo_lab.lessons.hardware import CHOICES, GIB, choose, draw_accuracy, draw_memory, kept_for_backward
+from grpo_lab.lessons.hardware import (
+    CHOICES,
+    GIB,
+    choose,
+    draw_accuracy,
+    draw_memory,
+    kept_for_backward,
+    pass_at_k_judge,
+)
+from grpo_lab.reporting import pass_at_k
 
 
 @pytest.mark.parametrize("memory", [None, 8 * GIB, 15 * GIB, 24 * GIB, 40 * GIB, 80 * GIB, 141 * GIB])
@@ -54,3 +66,33 @@ def test_accuracy_has_its_intervals():
     words = draw_accuracy(figure, result(0.25), result(0.75), 8)
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.25] * 3 + [0.75] * 3
     assert words.splitlines()[1] == "after: one answer, greedy 75.0%, one answer, sampled 75.0%, one of 8 75.0%"
+
+
+def with_loops(n, correct, k):
+    draws = list(itertools.combinations(range(n), k))
+    return sum(any(answer < correct for answer in draw) for draw in draws) / len(draws)
+
+
+def one_factor_after_another(n, correct, k):
+    all_wrong = 1.0
+    for i in range(k):
+        all_wrong *= max(0, n - correct - i) / (n - i)
+    return torch.tensor(1 - all_wrong, dtype=torch.float64)
+
+
+def test_the_judge_of_pass_at_k_accepts_other_right_ways():
+    assert pass_at_k_judge(pass_at_k)
+    assert pass_at_k_judge(one_factor_after_another)
+    assert [with_loops(*c.inputs) == pytest.approx(pass_at_k(*c.inputs)) for c in pass_at_k_judge.cases[:7]] == [
+        True
+    ] * 7
+    assert pass_at_k_judge(lambda n, correct, k: ...).state == "to do"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "wrong"), pass_at_k_judge.diagnoses.items(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_the_judge_of_pass_at_k_names_the_mistake(mistake, wrong):
+    verdict = pass_at_k_judge(wrong)
+    assert verdict.state == "not yet"
+    assert verdict.message == f"{mistake}."
