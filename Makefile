@@ -8,17 +8,30 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test lab lint
+.PHONY: demo test lab lint mutants notebooks badges
 
 demo: .venv/demo
 	$(BIN)/grpo-lab train --output-dir demo_output --overwrite-output-dir
 
 test: .venv/test lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope
+	$(BIN)/pytest -n 2 --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=300 -W default notebooks
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# some twenty minutes, Linux only: every mutant that two tools make of the mathematics and the rewards
+mutants: .venv/test .venv/mutants
+	PYTHONPATH=$(CURDIR)/.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/tool.py
+
+# the learner's notebooks from notebooks/solutions/, all run anew
+notebooks: .venv/test
+	$(BIN)/python notebooks/solutions/make.py
+
+# make badges REPO=owner/name: every badge and install line leads there
+badges: .venv/test
+	$(BIN)/python notebooks/solutions/make.py --badges $(REPO)
 
 lab: .venv/lab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -37,6 +50,9 @@ lab: .venv/lab
 	@echo "Installing JupyterLab into .venv (once, some minutes) …"
 	$(INSTALL) -e '.[lab]'
 	@touch $@
+
+.venv/mutants: .venv/made
+	$(INSTALL) --no-deps --target $@ cosmic-ray==8.7.0 libcst==1.9.0 mutmut==3.8.1 stevedore==5.10.0
 
 # made anew when the versions change
 .venv/made: pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from grpo_lab.advantages import all_equal, discounted, group_advantages, group_std
 
 NAN = math.nan
+WRONG = ["Mean", "median", "std"]
 OPTIONS = [(b, s) for b in ("mean", "leave-one-out", "none") for s in ("group", "batch", "none")]
 
 
@@ -116,10 +117,26 @@ def test_permuting_prompts_and_completions_permutes_the_advantages(rewards, opti
         assert_close(group_advantages(rewards + 7, baseline=baseline, scale=scale), advantages)
 
 
+def test_a_batch_is_scaled_from_its_second_score_on():
+    for baseline, scale in OPTIONS:  # warnings are errors: a std of nothing or of one would warn, and be NaN
+        nobody = group_advantages(torch.full((2, 2), NAN), baseline=baseline, scale=scale)
+        assert nobody.tolist() == [[0.0, 0.0]] * 2
+    alone = group_advantages(torch.tensor([[NAN, 2.0]]), baseline="none", scale="batch")
+    assert alone.tolist() == [[0.0, 2.0]]
+    two = group_advantages(torch.tensor([[0.0, 2.0]]), scale="batch", std_eps=0.0)  # (1 + 1) / 1, root 1.414
+    assert_close(two, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
+
+
 def test_leave_one_out_is_the_mean_baseline_times_k_over_k_minus_one():
     rewards = torch.rand(3, 5)
     rloo = group_advantages(rewards, baseline="leave-one-out", scale="none")
     assert_close(rloo, group_advantages(rewards, scale="none") * 5 / 4)
+
+
+@pytest.mark.parametrize(("function", "tensors"), [(group_advantages, 1), (discounted, 2)])
+def test_settings_are_given_by_name(function, tensors):
+    with pytest.raises(TypeError, match=f"takes {tensors} positional argument"):
+        function(*[torch.ones(1, 2)] * (tensors + 1))
 
 
 def test_no_gradient_flows_back_into_the_rewards_and_integers_are_accepted():
@@ -127,27 +144,39 @@ def test_no_gradient_flows_back_into_the_rewards_and_integers_are_accepted():
     assert group_advantages(torch.tensor([[1, 0]]), scale="none").tolist() == [[0.5, -0.5]]
 
 
+def test_half_precision_rewards_are_compared_in_float32():
+    rewards = torch.rand(2, 3).bfloat16()
+    assert torch.equal(group_advantages(rewards), group_advantages(rewards.float()))
+
+
 def test_dead_groups_and_group_spread_ignore_what_was_not_scored():
-    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, NAN, 0.1], [NAN, NAN, 5.0], [NAN] * 3, [0.0, 2.0, NAN]])
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [-0.1, NAN, -0.1], [NAN, NAN, 5.0], [NAN] * 3, [0.0, 2.0, NAN]])
     assert all_equal(rewards).tolist() == [True, True, True, True, False]
     assert group_std(rewards)[2:].tolist() == pytest.approx([0.0, 0.0, math.sqrt(2)])  # (1 + 1) / (2 - 1)
 
 
 def test_discounted_gives_the_last_token_all_and_earlier_ones_less():
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    expected = [[2, 4, 8, 0], [-1, -2, -4, -8], [8, 0, 0, 0], [0, 0, 0, 0]]  # 8 halves at each step back
-    assert discounted(torch.tensor([8.0, -8.0, 8.0, 8.0]), mask, gamma=0.5).tolist() == expected
-    everywhere = discounted(torch.tensor([3.0] * 4), mask, gamma=1.0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    expected = [[2, 4, 8, 0], [-1, -2, -4, -8], [0, 0, 0, 0]]  # 8 halves at each step back
+    assert discounted(torch.tensor([8.0, -8.0, 8.0]), mask, gamma=0.5).tolist() == expected
+    everywhere = discounted(torch.tensor([3.0] * 3), mask, gamma=1.0)
     assert torch.equal(everywhere, 3.0 * mask)
+
+
+def test_discounted_stays_on_the_device_of_its_arguments():
+    advantages, mask = torch.ones(2, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    assert discounted(advantages, mask, gamma=0.5).device.type == "meta"  # a device that every machine has
 
 
 @pytest.mark.parametrize(
     ("rewards", "options", "message"),
     [
-        (torch.zeros(8), {}, r"got \[8\].*rewards\.view\(P, K\)"),
-        (torch.zeros(8, 1), {}, r"K >= 2, got K = 1.*nothing to be compared with.*always be 0"),
-        (torch.zeros(2, 2), {"baseline": "median"}, r'"mean", "leave-one-out" or "none", got \'median\''),
-        (torch.zeros(2, 2), {"scale": "std"}, r'"group", "batch" or "none", got \'std\''),
+        (torch.zeros(8), {}, r"got \[8\]\. One flat list of P\*K rewards\? Use rewards\.view\(P, K\)\.$"),
+        (torch.zeros(2, 2, 2), {}, r"must be \[prompts, K\], got \[2, 2, 2\]"),
+        (torch.zeros(8, 1), {}, r"K >= 2, got K = 1\. One completion has nothing to be compared with:.*always be 0\.$"),
+        # names that a dictionary would put before and after the right ones
+        *[(torch.zeros(2, 2), {"baseline": b}, rf'"mean", "leave-one-out" or "none", got \'{b}\'') for b in WRONG],
+        *[(torch.zeros(2, 2), {"scale": s}, rf'"group", "batch" or "none", got \'{s}\'') for s in WRONG],
     ],
 )
 def test_an_error_says_what_came_and_the_cure(rewards, options, message):

@@ -847,7 +847,8 @@ def test_the_wrong_answers_fail_and_hear_why(name, old, new, sentence):
     assert seconds < 1
 
 
-@pytest.mark.parametrize("name", sorted(JUDGES.keys() - {"grpo_loss", "training_step"}))  # these two inherit what may not apply
+# those two inherit what may not apply
+@pytest.mark.parametrize("name", sorted(JUDGES.keys() - {"grpo_loss", "training_step"}))
 def test_each_diagnosis_is_told_apart_from_the_others(name):
     judge = JUDGES[name]
     for sentence, version in judge.diagnoses.items():

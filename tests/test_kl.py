@@ -138,7 +138,22 @@ def test_k3_is_the_default_and_errors_say_what_was_expected():
     assert torch.equal(
         kl_estimate(logprobs, 0 * logprobs, ALL), kl_estimate(logprobs, 0 * logprobs, ALL, estimator="k3")
     )
-    with pytest.raises(ValueError, match=r'"k1", "k2" or "k3", got \'k4\''):
-        kl_estimate(logprobs, logprobs, ALL, estimator="k4")
+    for wrong in ("k4", "K3"):  # in a dictionary, one stands after the right names and one before
+        with pytest.raises(ValueError, match=rf'"k1", "k2" or "k3", got \'{wrong}\''):
+            kl_estimate(logprobs, logprobs, ALL, estimator=wrong)
     with pytest.raises(ValueError, match=r"one shape \[B, T\], got \[1, 7\], \[1, 1\] and \[1, 7\]"):
         kl_estimate(logprobs, logprobs[:, :1], ALL)
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("T", [1, 9])
+def test_one_argument_of_another_shape_is_refused(T, position):
+    arguments = [torch.zeros(1, 7), torch.zeros(1, 7), ALL]
+    arguments[position] = torch.ones(1, T, dtype=arguments[position].dtype)
+    with pytest.raises(ValueError, match="must share one shape"):
+        kl_estimate(*arguments)
+
+
+def test_the_estimator_is_given_by_name():
+    with pytest.raises(TypeError, match="takes 3 positional arguments"):
+        kl_estimate(*[ALL] * 4)

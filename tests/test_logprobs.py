@@ -44,9 +44,15 @@ def test_truncate_keeps_the_likeliest_first(settings, expected):
     assert truncate(LOGITS[None], **settings).tolist() == [expected]
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 4}, {"top_k": 99}, {"top_p": 1.0}, {"temperature": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 4}, {"top_k": 99}, {"top_k": -1}, {"top_p": 1.0}, {"top_p": 2.0}, {"temperature": 0.5}]
+)
 def test_truncate_returns_none_where_nothing_is_cut(settings):
     assert truncate(LOGITS[None], **settings) is None
+
+
+def test_a_top_p_of_one_keeps_even_what_has_no_probability_left():
+    assert truncate(torch.tensor([[0.0, 200.0, -200.0]]), top_k=2, top_p=1.0).tolist() == [[1, 0]]  # e^-200 is 0
 
 
 def test_each_row_is_cut_by_itself_and_padded_with_minus_one():
@@ -54,10 +60,10 @@ def test_each_row_is_cut_by_itself_and_padded_with_minus_one():
     assert truncate(torch.stack([LOGITS, sure])[None], top_p=0.75).tolist() == [[[1, 3, 0], [2, -1, -1]]]
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.4}, {"top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.4}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}])
 def test_ties_are_broken_and_never_keep_more_than_asked(settings):
     kept = truncate(torch.zeros(1, 4), **settings)
-    assert kept.shape == (1, 2)  # of equal tokens, 2 * 1/4 reach 0.4; 2 * 1/3 reach 0.5
+    assert kept.shape == (1, 2)  # of equal tokens, 2 * 1/4 reach 0.4 and 0.5; 2 * 1/3 reach 0.5
     assert len(set(kept[0].tolist())) == 2
     assert kept.min() >= 0
 
@@ -128,6 +134,14 @@ def test_half_precision_logits_are_scored_in_float32():
     assert torch.equal(token_entropies(logits), token_entropies(logits.float()))
 
 
-def test_logits_of_the_whole_sequence_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"got \[1, 5, 7\] and \[1, 3\].*Drop the last position.*logits\[:, -T-1:-1\]"):
-        token_logprobs(torch.zeros(1, 5, 7), torch.zeros(1, 3, dtype=torch.long))
+@pytest.mark.parametrize("positions", [5, 2])
+def test_logits_of_the_whole_sequence_are_refused_with_the_cure(positions):
+    cure = r"Logits of the whole sequence\? Drop the last position and the prompt: logits\[:, -T-1:-1\]\.$"
+    with pytest.raises(ValueError, match=rf"got \[1, {positions}, 7\] and \[1, 3\]\. {cure}"):
+        token_logprobs(torch.zeros(1, positions, 7), torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("function", "tensors"), [(truncate, 1), (token_logprobs, 2), (token_entropies, 1)])
+def test_settings_are_given_by_name(function, tensors):
+    with pytest.raises(TypeError, match=f"takes {tensors} positional argument"):
+        function(*[LOGITS] * (tensors + 1))

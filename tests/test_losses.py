@@ -1,5 +1,6 @@
 """The loss: gradients in every region of the clip, against a plain loop, and by what must not change it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -57,20 +58,21 @@ def test_the_loss_equals_a_plain_loop(importance, surrogate, how, per_token):
         advantages = advantages[:, None] * torch.tensor([1.0, 0.5, -2.0, 3.0], dtype=torch.float64)
     options = {"importance": importance, "surrogate": surrogate}
     for estimator in ("k1", "k2", "k3"):
-        loss = grpo_loss(
+        terms = grpo_loss(
             logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.3, kl_estimator=estimator,
             clip_range=0.1, clip_range_high=0.25, aggregation=how, constant=6, **options,
-        ).loss  # fmt: skip
+        )  # fmt: skip
         expected = loss_by_loop(
             logprobs, old, ref, advantages, MASK, beta=0.3, estimator=estimator, low=0.1, high=0.25, how=how, **options
         )
-        assert loss.item() == pytest.approx(expected, abs=1e-12)
+        assert terms.loss.item() == pytest.approx(expected, abs=1e-12)
+        assert torch.equal(terms.ratio, importance_ratio(logprobs, old, MASK, importance))
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("high", [None, 0.5])
 @pytest.mark.parametrize("ratio", [0.7, 0.9, 1.0, 1.1, 1.3, 1.6])
-@pytest.mark.parametrize("A", [2.0, -2.0])
+@pytest.mark.parametrize("A", [2.0, 0.5, 0.0, -0.5, -2.0])
 def test_the_clip_stops_only_what_has_gone_far_enough(A, ratio, high, importance):
     logprobs = torch.tensor([[ratio]]).log().requires_grad_()
     mask, old = torch.tensor([[True]]), torch.zeros(1, 1)
@@ -88,7 +90,7 @@ def test_the_clip_stops_only_what_has_gone_far_enough(A, ratio, high, importance
 
 
 @pytest.mark.parametrize("A", [2.0, -2.0])
-@pytest.mark.parametrize(("ratio", "weight"), [(0.1, 0.1), (1.0, 1.0), (1.2, 1.2), (5.0, 1.3)])
+@pytest.mark.parametrize(("ratio", "weight"), [(0.1, 0.1), (1.0, 1.0), (1.2, 1.2), (1.4, 1.3), (5.0, 1.3)])
 def test_cispo_caps_the_weight_and_leaves_every_token_a_gradient(A, ratio, weight):
     logprobs, mask = torch.tensor([[-0.5]], requires_grad=True), torch.tensor([[True]])
     old = logprobs.detach() - math.log(ratio)
@@ -149,6 +151,7 @@ def test_an_empty_row_counts_as_zero_and_an_empty_batch_gives_zero(how):
     # one full row of two: its mean 6, halved; 3 tokens of 6; 18 / (2 * 3)
     expected = {"sequence-mean": 3.0, "token-mean": 6.0, "constant": 3.0}[how]
     assert aggregate(ones, mask, how, constant=3).item() == expected
+    assert aggregate(ones[:1, :1], mask[:1, :1], how, constant=1).item() == 6.0  # one token is its own mean
     assert aggregate(ones * torch.nan, mask & False, how, constant=3).item() == 0.0
     assert aggregate(ones[:0], mask[:0], how, constant=3).item() == 0.0
 
@@ -205,7 +208,39 @@ def test_the_kl_term_pulls_towards_the_reference_and_beta_scales_its_gradient():
     pull, double = (gradient(ref_logprobs=ref, kl_coef=beta) - without for beta in (0.1, 0.2))
     assert_close(double, 2 * pull)
     assert (pull.sign() == (logprobs - ref).sign() * MASK).all()  # descending brings log pi nearer to log ref
-    assert torch.equal(gradient(ref_logprobs=ref, kl_coef=0.0), without)  # beta = 0: watched, not felt
+    for loss_of in (gradient, lambda **options: grpo_loss(logprobs, old, advantages, MASK, **options).loss):
+        watched = loss_of(ref_logprobs=ref - torch.inf, kl_coef=0.0)  # the reference forbids it: KL is infinite
+        assert torch.equal(watched, loss_of())  # beta = 0: watched, not felt
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_ratio_on_the_edge_is_not_clipped(surrogate):
+    logprobs, _, _, advantages = make()
+    # c = 1 = 1 - eps = 1 + eps
+    terms = grpo_loss(logprobs, None, advantages, MASK, clip_range=0.0, surrogate=surrogate)
+    assert not (terms.clipped_low | terms.clipped_high).any()
+
+
+def test_a_surrogate_is_zero_where_nothing_was_sampled():
+    logprobs, old, _, advantages = make()
+    assert clipped_surrogate(logprobs, old, advantages, MASK)[~MASK].eq(0).all()
+    assert cispo_surrogate(logprobs, old, advantages, MASK, clip_range_high=0.2)[~MASK].eq(0).all()
+
+
+def test_without_a_word_it_is_the_papers_token_ratio_and_sequence_mean():
+    logprobs, old, _, advantages = make()
+    surrogate = clipped_surrogate(logprobs, old, advantages, MASK)
+    assert torch.equal(surrogate, clipped_surrogate(logprobs, old, advantages, MASK, importance="token"))
+    assert torch.equal(aggregate(surrogate, MASK), aggregate(surrogate, MASK, "sequence-mean"))
+    assert torch.equal(grpo_loss(logprobs, old, advantages, MASK).loss, -aggregate(surrogate, MASK))
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"), [(clipped_surrogate, 4), (cispo_surrogate, 4), (aggregate, 3), (grpo_loss, 4)]
+)
+def test_settings_are_given_by_name(function, tensors):
+    with pytest.raises(TypeError, match=f"{tensors} positional arguments but {tensors + 1}"):
+        function(*[MASK] * (tensors + 1))
 
 
 def test_only_the_loss_carries_gradient():
@@ -218,15 +253,26 @@ def test_only_the_loss_carries_gradient():
     assert not any(t.requires_grad for t in (terms.kl, terms.ratio, terms.clipped_low, terms.clipped_high))
     assert terms.kl[~MASK].eq(0).all()
     assert grpo_loss(logprobs, old, advantages, MASK).kl is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        terms.loss = terms.ratio
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kl_coef": 0.1}, r"kl_coef is 0.1, so ref_logprobs is needed.*kl_coef=0"),
-        ({"aggregation": "constant"}, r"needs its constant, in tokens: usually max_new_tokens"),
+        (
+            {"aggregation": "constant"},
+            r'^aggregation "constant" needs its constant, in tokens: usually max_new_tokens$',
+        ),
+        # names that a dictionary would put before and after the right ones
+        ({"aggregation": "Mean"}, r'"sequence-mean", "token-mean" or "constant", got \'Mean\''),
         ({"aggregation": "mean"}, r'"sequence-mean", "token-mean" or "constant", got \'mean\''),
+        ({"aggregation": "sequence_mean"}, r'"sequence-mean", "token-mean" or "constant", got \'sequence_mean\''),
+        ({"aggregation": "token_mean"}, r'"sequence-mean", "token-mean" or "constant", got \'token_mean\''),
+        ({"importance": "Token"}, r'"token" or "sequence", got \'Token\''),
         ({"importance": "word"}, r'"token" or "sequence", got \'word\''),
+        ({"surrogate": "PPO"}, r'"clip" or "cispo", got \'PPO\''),
         ({"surrogate": "ppo"}, r'"clip" or "cispo", got \'ppo\''),
     ],
 )
