@@ -74,7 +74,7 @@ def memory_of(pid: int) -> int:
 
 VIEW = """slider => {
   const box = slider.closest('.jp-OutputArea-output');
-  return box.querySelector('img')?.src ?? box.innerText;
+  return (box.querySelector("img")?.src ?? "") + box.innerText;
 }"""
 
 

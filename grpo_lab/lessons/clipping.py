@@ -113,7 +113,8 @@ def draw_clip(figure: Figure, batch: Reuse, sign: str, low: float, high: float, 
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, loc="upper left" if A > 0 else "upper right")
     return (
-        f"A = {A:+.0f}: no gradient where c {'>' if A > 0 else '<'} {edge:.2f} (hatched).\n"
+        f"A = {A:+.0f}, clipped at {1 - low:.2f} and {1 + high:.2f}: no gradient where c "
+        f"{'>' if A > 0 else '<'} {edge:.2f} (hatched); the other edge cuts nothing here.\n"
         f"The rug: {len(tokens)} real tokens with this sign of A, after {updates} update{'s' * (updates != 1)} on one "
         f"rollout.\n{cut.float().mean():.1%} of them are cut (upper row); "
         f"their ratios go from {tokens.min():.3f} to {tokens.max():.2f}."
