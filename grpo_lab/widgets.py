@@ -37,21 +37,31 @@ def slider(label: str, low: float, high: float, value: float, step: float = 1) -
     control = Slider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
     field = Field(**settings, description=label, style={"description_width": "initial"},
                   layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
-    return _row(control, field, ipywidgets.jslink((control, "value"), (field, "value")))
+
+    def show(change) -> None:  # the browser adds steps up, and 0.44000000000000006 is no number to show
+        field.value = round(change.new, 6)
+
+    def move(change) -> None:
+        if abs(change.new - control.value) > step / 1000:
+            control.value = change.new
+
+    control.observe(show, "value")
+    field.observe(move, "value")
+    return _row(control, field)
 
 
 def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
     """Buttons of which one is pressed."""
     control = ipywidgets.ToggleButtons(
         options=list(options), value=value or options[0], description=label,
-        style={"description_width": "initial", "button_width": "auto"},
+        style={"description_width": "initial", "button_width": "auto"}, layout=ipywidgets.Layout(width="max-content"),
     )  # fmt: skip
     return _row(control)
 
 
-def _row(control, field=None, link=None) -> ipywidgets.Box:
+def _row(control, field=None) -> ipywidgets.Box:
     row = ipywidgets.HBox([field, control] if field else [control], layout=ipywidgets.Layout(margin="0 24px 0 0"))
-    row.control, row.link = control, link
+    row.control = control
     return row
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import CHROMIUM, jupyter_lab, open_and_run, page_of_chromium, shut_kernel
+from browser import CHROMIUM, IDLE, jupyter_lab, open_and_run, page_of_chromium, shut_kernel
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("playwright.sync_api")
@@ -60,6 +60,8 @@ def test_it_runs_and_its_sliders_answer(lab, path):
         for index in range(sliders.count()):
             each_slider_moves_something(page, sliders.nth(index))
         sliders.first.scroll_into_view_if_needed()
+        page.wait_for_function(IDLE)
+        page.wait_for_timeout(300)  # the last picture is on its way
         page.screenshot(path=SHOTS / f"{path.stem}-slider.png")
     shut_kernel(page)
     assert not errors
