@@ -85,6 +85,19 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint_untouched(
     assert contents(folder)["model.safetensors"] != before["model.safetensors"]
 
 
+def test_a_checkpoint_that_is_half_written_when_the_program_ends_does_not_count(
+    tmp_path, monkeypatch, model, tokenizer
+):
+    def killed(handle):  # the state is written by then, and nobody is left to clean up
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path / "checkpoint-3", model, tokenizer, {"step": 3})
+    assert any(tmp_path.iterdir())
+    assert names(tmp_path) == []
+
+
 def test_a_checkpoint_that_is_half_removed_does_not_count(tmp_path, monkeypatch, model, tokenizer):
     fake(tmp_path, 1, 2, 3)
 
