@@ -86,14 +86,17 @@ def wait_for_change(page, handle, what: str, before: str, **settings) -> None:
     page.wait_for_function(f"([slider, before]) => ({what})(slider) !== before", arg=[handle, before], **settings)
 
 
+def is_at_the_end(slider) -> bool:
+    return slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax")
+
+
 def it_answers(page, slider, *, with_a_picture: bool) -> None:
     """By keyboard and by mouse the kernel hears of it; and its picture changes, unless another slider forbids that."""
     handle = slider.element_handle()
     slider.scroll_into_view_if_needed()
     field, view = handle.evaluate(FIELD), handle.evaluate(VIEW)
     slider.focus()
-    at_the_end = slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax")
-    page.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")
+    page.keyboard.press("ArrowLeft" if is_at_the_end(slider) else "ArrowRight")
     wait_for_change(page, handle, FIELD, field)
     if with_a_picture:
         wait_for_change(page, handle, VIEW, view)
@@ -102,7 +105,7 @@ def it_answers(page, slider, *, with_a_picture: bool) -> None:
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x + (-60 if at_the_end else 60), y, steps=4)
+    page.mouse.move(x + (-60 if is_at_the_end(slider) else 60), y, steps=4)
     page.mouse.up()
     wait_for_change(page, handle, FIELD, field)
     if with_a_picture:
