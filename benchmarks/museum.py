@@ -10,22 +10,20 @@ groups of completions from the first rollout, one in the middle and the last in 
 
 import argparse
 import json
-import platform
 import time
 import warnings
-from pathlib import Path
 
 import torch
-import transformers
+from record import RUNS as RECORDED
+from record import circumstances
 
 from grpo_lab import GRPOTrainer
 from grpo_lab.data import countdown_dataset
 from grpo_lab.lessons import museum
-from grpo_lab.pocket.make import processor
 from grpo_lab.reporting import JsonLines
 from grpo_lab.rewards import countdown
 
-RUNS = Path(__file__).parents[1] / "runs" / "museum"
+RUNS = RECORDED / "museum"
 HELD_OUT = 200
 
 
@@ -61,13 +59,7 @@ def record(exhibit: str) -> dict:
         "model": "pocket",
         "changed": museum.SETTINGS,
         "command": f"python benchmarks/museum.py {exhibit}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"cpu, 1 thread of {processor()}, busy",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **circumstances(),
         "seconds": round(seconds, 1),
         "after": after,
     }

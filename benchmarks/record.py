@@ -63,6 +63,18 @@ def wrong_sign():
         losses.kl_estimate = right
 
 
+def circumstances() -> dict:
+    """When, with which code and on what a run was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "device": f"cpu, 1 thread of {processor()}, busy",
+        "versions": versions | {"transformers": transformers.__version__},
+    }
+
+
 def record(name: str, changes: dict, seed: int) -> dict:
     """Make one run and write its folder; returns what run.json holds."""
     model, tokenizer = pocket.load()
@@ -100,16 +112,7 @@ def record(name: str, changes: dict, seed: int) -> dict:
         "changed": changes,
         "config": {k: v for k, v in config.to_dict().items() if "output_dir" not in k},
         "command": f"python benchmarks/record.py {name}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "device": f"cpu, 1 thread of {processor()}, busy",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **circumstances(),
         "seconds": round(seconds, 1),
         "before": before,
         "after": after,
