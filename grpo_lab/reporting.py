@@ -153,6 +153,7 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     (reward, kl), (entropy, length) = panels
 
     _curve(reward, rows, "reward", COLOURS["reward"], "mean reward")
+    _band(reward, rows, "reward", "reward_std", COLOURS["reward"], "± spread within a group")
     _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "share of groups that teach nothing", "--")
     reward.set(title="Reward", ylabel="reward; share of groups")
     if reward.lines:
@@ -276,6 +277,15 @@ def _curve(panel, rows, name: str, colour: str, label: str | None = None, line: 
         steps, values = zip(*points, strict=True)
         panel.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
         panel.plot(steps, running_mean(values), line, color=colour, linewidth=2.0, label=label)
+
+
+def _band(panel, rows, name: str, spread: str, colour: str, label: str) -> None:
+    points = [row for row in rows if row.get(name) is not None and row.get(spread) is not None]
+    if not points:
+        return
+    middle, width = (running_mean([row[key] for row in points]) for key in (name, spread))
+    low, high = ([m + sign * w for m, w in zip(middle, width, strict=True)] for sign in (-1, 1))
+    panel.fill_between([row["step"] for row in points], low, high, color=colour, alpha=0.12, linewidth=0, label=label)
 
 
 def running_mean(values: Sequence[float], reach: int = 3) -> list[float]:

@@ -700,8 +700,8 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
 
     def note(number: int, _frame) -> None:
         received.append(number)
+        signal.signal(signal.SIGINT, before)  # before it is promised: the second may come at once
         print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
-        signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -122,7 +122,8 @@ class Explorer(_Controlled):
         self.figure.clear()
         self.text = self._draw(self.figure, **self.values)
         self._image.value = img_tag(png(self.figure, SCREEN_DPI), self.text, self.figure)
-        self._words.value = f"<pre style='margin:0; line-height:1.3'>{html.escape(self.text)}</pre>"
+        style = "margin:0; line-height:1.3; white-space:pre-wrap; word-break:normal"
+        self._words.value = f"<pre style='{style}'>{html.escape(self.text)}</pre>"
 
     def __repr__(self) -> str:
         return self.text

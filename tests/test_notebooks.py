@@ -53,9 +53,7 @@ def test_what_is_saved_is_small_and_the_same_on_every_machine(path):
     assert "widgets" not in notebook.metadata  # GitHub refuses Colab's variant of it
     text = path.read_text(encoding="utf-8")
     assert "widget-view" not in text
-    assert not re.search(
-        r"/home/|/root/|/Users/|/tmp/", "".join(re.findall(r'"text(?:/plain)?": \[[^\]]*\]', text))
-    )
+    assert not re.search(r"/home/|/root/|/Users/|/tmp/", "".join(re.findall(r'"text(?:/plain)?": \[[^\]]*\]', text)))
 
 
 @either

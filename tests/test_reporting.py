@@ -177,6 +177,16 @@ def test_no_reward_falls_off_the_panel(rewards):
     assert low <= min(rewards) <= max(rewards) < high
 
 
+def test_a_band_shows_how_far_the_rewards_of_a_group_spread():
+    rows = [row | {"reward_std": 0.25} for row in ROWS]
+    (band,) = training_figure(rows).axes[0].collections
+    edge = band.get_paths()[0].vertices
+    at_20 = sorted({round(y, 6) for x, y in edge.tolist() if x == 20})
+    assert at_20 == [0.05, 0.55]  # the running mean of 0.1 to 0.5, which is 0.3, and 0.25 to either side
+    assert band.get_label() == "± spread within a group"
+    assert not training_figure(ROWS).axes[0].collections
+
+
 def test_a_run_without_kl_says_so_and_missing_values_are_left_out():
     rows = [{k: v for k, v in row.items() if k != "kl"} for row in ROWS]
     rows[1] |= {"reward": None}  # null in the file: no number that step
