@@ -1,5 +1,6 @@
-"""What one rollout gives, and what is counted while it is used."""
+"""What one rollout gives, how it is cut into micro-batches, and what is counted while it is used."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,24 +31,56 @@ class MicroBatch:
     """Some groups of a batch, as tensors."""
 
     rollouts: Rollouts
-    ref_logprobs: Tensor | None
+    rows: Tensor
+    """[B] long, which completions of the batch these are."""
+    idle: bool = False
+    """True if no gradient comes from here: all advantages are 0, and there is no KL penalty."""
+    ref_logprobs: Tensor | None = None
     """[B, T] in nats under the reference; None where no KL is wanted."""
     old_logprobs: Tensor | None = None
     """[B, T] in nats as of the first update on this batch; None until then."""
     advantages: Tensor | None = None
     """[B], or [B, T] where gamma < 1."""
 
-    def token_rows(self) -> list[dict[str, list]]:
-        """For each completion its tokens and their log-probabilities in nats, to four decimals, to be logged."""
+    def token_rows(self) -> Iterator[tuple[int, dict[str, list]]]:
+        """Each completion's row, its tokens and their log-probabilities in nats, to four decimals, to be logged."""
         columns = {"completion_ids": self.rollouts.completion_ids, "logprobs": self.rollouts.logprobs}
         if self.ref_logprobs is not None:
             columns["ref_logprobs"] = self.ref_logprobs
-        mask = self.rollouts.completion_mask.cpu()
-        columns = {name: values.cpu() for name, values in columns.items()}
-        return [
-            {name: [round(x, 4) for x in values[i][mask[i]].tolist()] for name, values in columns.items()}
-            for i in range(len(mask))
-        ]
+        lengths = self.rollouts.completion_mask.sum(1).tolist()
+        lists = {name: values.tolist() for name, values in columns.items()}  # whole: a slice of a tensor takes longer
+        for i, (row, n) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
+            yield row, {name: [round(x, 4) for x in values[i][:n]] for name, values in lists.items()}
+
+
+def cut(rollouts: Rollouts, num_generations: int, budget: int, idle: Tensor) -> list[MicroBatch]:
+    """Micro-batches of whole groups, each with as many as fit into a budget of tokens, padding included.
+
+    Groups of like length stand together, so little is padding; those that are idle stand apart.
+
+    Args:
+        budget: tokens at a time; a group that is larger alone is a micro-batch of its own.
+        idle: [P] bool, groups without a gradient.
+    """
+    everything = torch.arange(len(rollouts.ended))
+    if rollouts.input_ids.numel() <= budget and not idle.any():
+        return [MicroBatch(rollouts, everything)]
+    groups = everything.view(-1, num_generations)
+    prompts = rollouts.attention_mask[::num_generations, : -rollouts.num_tokens].sum(1).tolist()
+    longest = rollouts.completion_mask.sum(1).view(-1, num_generations).amax(1).tolist()
+    parts: list[tuple[bool, list[int]]] = []
+    width = 0
+    for group in sorted(range(len(groups)), key=lambda g: (bool(idle[g]), longest[g], prompts[g])):
+        width = max(width, prompts[group])
+        fits = parts and (len(parts[-1][1]) + 1) * num_generations * (width + longest[group]) <= budget
+        if not fits or parts[-1][0] != idle[group]:
+            parts.append((bool(idle[group]), []))
+            width = prompts[group]
+        parts[-1][1].append(group)
+    if all(is_idle for is_idle, _ in parts):  # the optimizer wants a gradient, if of zeros: its averages go on
+        parts[0] = (False, parts[0][1])
+    rows = [(is_idle, groups[some].flatten()) for is_idle, some in parts]
+    return [MicroBatch(rollouts.select(r.to(rollouts.ended.device)), r, is_idle) for is_idle, r in rows]
 
 
 @dataclass

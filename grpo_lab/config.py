@@ -231,7 +231,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "weight_decay": (0, 10, True),
     "max_steps": (1, 2**31, True),
     "num_iterations": (1, 1000, True),
-    "seed": (0, 2**63 - 1, True),
+    "seed": (0, 2**32 - 1, True),  # as far as NumPy goes
     "kl_coef": (0, 1e6, True),
     "clip_range": (0, 1, False),
     "clip_range_high": (0, 1e6, False),

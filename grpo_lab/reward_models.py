@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lab.data import Prompt, encode_prompt
+from grpo_lab.forward import evaluating
 from grpo_lab.rewards import RewardFunction
 from grpo_lab.sampling import left_pad, pad_token_id
-from grpo_lab.scoring import completion_logprobs, evaluating
+from grpo_lab.scoring import completion_logprobs
 
 LARGEST_REWARD = 1e15  # its square, in a standard deviation, still fits into float32
 PATIENCE = 60.0  # seconds until a reward function that is still running is named

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from grpo_lab.forward import accepts, position_ids
 from grpo_lab.logprobs import token_logprobs, truncate
-from grpo_lab.scoring import accepts, position_ids
 
 
 @dataclass
@@ -40,6 +41,49 @@ class Rollouts:
     def completion_ids(self) -> Tensor:
         """[B, T]."""
         return self.input_ids[:, -self.num_tokens :]
+
+    @classmethod
+    def join(cls, parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
+        """The rows of all parts, one below the other, padded to the widest."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.input_ids.shape[1] - part.num_tokens for part in parts)
+        tokens = max(part.num_tokens for part in parts)
+
+        most = max((part.kept.shape[2] for part in parts if part.kept is not None), default=0)
+
+        def wide(part: "Rollouts") -> dict[str, Tensor | None]:
+            right = tokens - part.num_tokens
+            both = (width + tokens - part.input_ids.shape[1] - right, right)
+            return {
+                "input_ids": pad(part.input_ids, both, value=pad_id),
+                "attention_mask": pad(part.attention_mask, both),
+                "completion_mask": pad(part.completion_mask, (0, right)),
+                "logprobs": pad(part.logprobs, (0, right)),
+                "kept": None
+                if part.kept is None
+                else pad(part.kept, (0, most - part.kept.shape[2], 0, right), value=-1),
+                "ended": part.ended,
+            }
+
+        rows = [wide(part) for part in parts]
+        return cls(**{k: None if v is None else torch.cat([row[k] for row in rows]) for k, v in rows[0].items()})
+
+    def select(self, rows: Tensor) -> "Rollouts":
+        """Some of the rows, without the columns that are padding in all of them. rows: [b] long."""
+        width = self.input_ids.shape[1] - self.num_tokens
+        mask = self.attention_mask[rows]
+        left = int(mask.argmax(1).min())  # every prompt has a token
+        columns = slice(left, width + int(self.completion_mask[rows].sum(1).max()))
+        tokens = slice(0, columns.stop - width)
+        return Rollouts(
+            input_ids=self.input_ids[rows, columns],
+            attention_mask=mask[:, columns],
+            completion_mask=self.completion_mask[rows, tokens],
+            logprobs=self.logprobs[rows, tokens],
+            kept=None if self.kept is None else self.kept[rows, tokens],
+            ended=self.ended[rows],
+        )
 
     def to(self, device) -> "Rollouts":
         """The same rollouts on another device."""
@@ -196,4 +240,4 @@ def _stack(kept_steps: list[Tensor]) -> Tensor | None:
     if not kept_steps:
         return None
     width = max(k.shape[1] for k in kept_steps)
-    return torch.stack([torch.nn.functional.pad(k, (0, width - k.shape[1]), value=-1) for k in kept_steps], 1)
+    return torch.stack([pad(k, (0, width - k.shape[1]), value=-1) for k in kept_steps], 1)

@@ -2,7 +2,8 @@
 
 `GRPOTrainer.steps()` is the whole algorithm; `train()` is a loop over it with a progress bar. An optimizer
 step works on a `Batch`: batch_size * gradient_accumulation_steps prompts with their K completions each, in
-micro-batches of batch_size prompts. Every mean is over the whole batch, so micro-batches change only memory.
+micro-batches of at least batch_size prompts: more where completions are short. Every mean is over the whole
+batch, so micro-batches change only memory.
 """
 
 import copy
@@ -25,7 +26,7 @@ from transformers import get_scheduler
 from grpo_lab import checkpoints
 from grpo_lab.adapters import add_lora, is_adapted, merged
 from grpo_lab.advantages import discounted, group_advantages
-from grpo_lab.batches import Batch, MicroBatch, StepRecord, UpdateSums, batch_metrics
+from grpo_lab.batches import Batch, MicroBatch, StepRecord, UpdateSums, batch_metrics, cut
 from grpo_lab.config import GRPOConfig
 from grpo_lab.data import (
     Prompt,
@@ -45,12 +46,13 @@ from grpo_lab.devices import (
     resolve_precision,
     trainable_in_float32,
 )
+from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
 from grpo_lab.reward_models import RewardModel, Rewards
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
-from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
+from grpo_lab.scoring import completion_logprobs, completion_scores
 
 WHY_ZERO = (
     "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says nothing, "
@@ -119,6 +121,9 @@ class GRPOTrainer:
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
             judge.to(self.device)
+        # A cache takes at most an eighth of what a training pass keeps of each token, and twice that while it grows;
+        # where activations are recomputed, a training pass keeps little.
+        self._sampled_at_once = config.batch_size * (1 if config.gradient_checkpointing else 4)
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         self._check_longest_prompts()
 
@@ -183,28 +188,34 @@ class GRPOTrainer:
         config, K = self.config, self.config.num_generations_per_prompt
         rows = [self.train_dataset[i] for i in indices]
         uniforms = self._uniforms(len(rows) * K, "rollout", self.step)
-        parts, scored, texts = [], [], []
-        for start in range(0, len(rows), config.batch_size):
-            some = rows[start : start + config.batch_size]
-            rollouts = self.sample([r["prompt"] for r in some], uniforms[start * K : (start + len(some)) * K], K)
-            texts += (completions := self.decode(rollouts))
-            scored.append(self._score(some, completions, K))
-            parts.append(MicroBatch(rollouts, self.reference_logprobs(rollouts)))
-
+        sampled, texts = [], []
+        for start in range(0, len(rows), self._sampled_at_once):
+            some = rows[start : start + self._sampled_at_once]
+            sampled.append(self.sample([r["prompt"] for r in some], uniforms[start * K : (start + len(some)) * K], K))
+            texts += self.decode(sampled[-1])
+        scored = [
+            self._score(rows[start : start + config.batch_size], texts[start * K : (start + config.batch_size) * K], K)
+            for start in range(0, len(rows), config.batch_size)
+        ]
         rewards = torch.cat([s.total for s in scored])
         if rewards.isnan().all():
             raise ValueError("no reward function scored any completion of this step: all returned None or NaN.")
-        penalised = rewards - torch.cat([self._kl_in_reward(part) for part in parts])
-        advantages = group_advantages(
-            penalised.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
-        ).flatten()
-        for part, share in zip(parts, advantages.split([len(p.rollouts.ended) for p in parts]), strict=True):
-            part.advantages = share.to(self.device)
+        advantages = self._advantages(rewards)
+        rollouts = Rollouts.join(sampled, self.pad_id)
+        longest = rollouts.input_ids.shape[1] - rollouts.num_tokens + config.max_new_tokens
+        idle = (advantages.view(-1, K) == 0).all(1) & (config.kl_coef == 0)
+        parts = cut(rollouts, K, config.batch_size * K * longest, idle)
+        for part in parts:
+            part.ref_logprobs = self.reference_logprobs(part.rollouts)
+        if config.kl_in == "reward" and config.kl_coef > 0:
+            advantages = self._advantages(rewards - self._kl_in_reward(parts))
+        for part in parts:
+            part.advantages = advantages[part.rows].to(self.device)
             if config.gamma < 1:
                 part.advantages = discounted(part.advantages, part.rollouts.completion_mask, gamma=config.gamma)
 
         by_function = {name: torch.cat([s.parts[name] for s in scored]) for name in self.rewards.names}
-        tokens = [row for part in parts for row in part.token_rows()]
+        tokens = {row: values for part in parts for row, values in part.token_rows()}
         completions = [
             {
                 "prompt": rows[i // K]["prompt"],
@@ -219,6 +230,13 @@ class GRPOTrainer:
         self.num_tokens += sum(int(part.rollouts.attention_mask.sum()) for part in parts)
         return Batch(parts, completions, batch_metrics(parts, rewards.view(-1, K), by_function))
 
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """[B] how much better each completion is than its group, from rewards [B]."""
+        config, K = self.config, self.config.num_generations_per_prompt
+        return group_advantages(
+            rewards.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
+        ).flatten()
+
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the batch: clipped loss with KL to the reference, over all its micro-batches."""
         config = self.config
@@ -229,7 +247,7 @@ class GRPOTrainer:
         self.model.train()
         for part in batch.parts:
             mask = part.rollouts.completion_mask
-            with self._autocast():
+            with self._autocast(), torch.set_grad_enabled(not part.idle):
                 scores = self._score_under(self.model, part.rollouts, completion_scores)
             terms = grpo_loss(
                 scores.logprobs,
@@ -247,7 +265,8 @@ class GRPOTrainer:
                 constant=config.aggregation_constant or config.max_new_tokens,
                 total=tokens if config.aggregation == "token-mean" else completions,
             )
-            self.accelerator.backward(terms.loss)
+            if not part.idle:
+                self.accelerator.backward(terms.loss)
             if batch.updates == 0:
                 part.old_logprobs = scores.logprobs.detach()
             sums.add(terms, scores, part)
@@ -311,8 +330,8 @@ class GRPOTrainer:
 
     def decode(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens."""
-        ids, mask = rollouts.completion_ids.cpu(), rollouts.completion_mask.cpu()
-        return self.tokenizer.batch_decode([i[m] for i, m in zip(ids, mask, strict=True)], skip_special_tokens=True)
+        ids, lengths = rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).tolist()
+        return self.tokenizer.batch_decode([i[:n] for i, n in zip(ids, lengths, strict=True)], skip_special_tokens=True)
 
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         """[B, T] log-probabilities in nats under the reference; None where kl_coef is 0: nothing is computed then."""
@@ -332,6 +351,7 @@ class GRPOTrainer:
         """The one place that says how completions are scored: as they were sampled."""
         return score(
             model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
+            num_generations=self.config.num_generations_per_prompt,
             temperature=self.config.temperature, kept=rollouts.kept,
         )  # fmt: skip
 
@@ -356,12 +376,12 @@ class GRPOTrainer:
     def _evaluate(self, dataset, K: int) -> dict[str, float]:
         right: list[tuple[float, int]] = []
         rewards: list[float] = []
-        size = self.config.batch_size  # as much at a time as in training
+        size = self._sampled_at_once
+        uniforms = self._uniforms(len(dataset) * K, "evaluate", 0)
         for start in range(0, len(dataset), size):
             rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-            uniforms = self._uniforms(len(rows) * K, "evaluate", start)
-            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)
-            sampled = self._answer(rows, uniforms, K).view(-1, K)
+            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)  # whatever the numbers are
+            sampled = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K).view(-1, K)
             right += zip((greedy >= self.config.success_reward).tolist(),
                          (sampled >= self.config.success_reward).sum(1).tolist(), strict=True)  # fmt: skip
             rewards += sampled.flatten().tolist()
@@ -401,15 +421,15 @@ class GRPOTrainer:
         repeated = {name: [row[name] for row in rows for _ in range(K)] for name in rows[0]}
         return self.rewards(repeated.pop("prompt"), completions, repeated)
 
-    def _kl_in_reward(self, part: MicroBatch) -> Tensor:
+    def _kl_in_reward(self, parts: list[MicroBatch]) -> Tensor:
         """[B] what the KL takes off the reward: beta times the log-ratio of the whole completion."""
-        rollouts = part.rollouts
-        if self.config.kl_in == "loss" or part.ref_logprobs is None:
-            return torch.zeros(len(rollouts.ended))
-        # both sides from the scorer: in half precision the sampler's rounding would pass for a reward
-        logprobs = self._logprobs_under(self.model, rollouts)
-        k1 = kl_estimate(logprobs, part.ref_logprobs, rollouts.completion_mask, estimator="k1")
-        return self.config.kl_coef * k1.sum(1).cpu()
+        penalties = torch.empty(sum(len(part.rows) for part in parts))
+        for part in parts:
+            # both sides from the scorer: in half precision the sampler's rounding would pass for a reward
+            logprobs = self._logprobs_under(self.model, part.rollouts)
+            k1 = kl_estimate(logprobs, part.ref_logprobs, part.rollouts.completion_mask, estimator="k1")
+            penalties[part.rows] = self.config.kl_coef * k1.sum(1).cpu()
+        return penalties
 
     def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
         # drawn on the CPU from a seed of their own: the same on every device, whatever was drawn before

@@ -40,7 +40,7 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2ForCausalLM:
 ARCHITECTURES = ("gpt2", "opt", "gpt_neox", "llama", "qwen2", "bloom")
 
 
-def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_architecture(name: str, seed: int = 0, **changes) -> PreTrainedModel:
     """Another family of models, as small and as random as `tiny_model`; id 0 pads, id 1 ends."""
     settings = {
         "vocab_size": 22, "hidden_size": 32, "word_embed_proj_dim": 32, "intermediate_size": 64, "ffn_dim": 64,
@@ -48,7 +48,7 @@ def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
         "initializer_range": 0.3, "init_std": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings | changes)).eval()
 
 
 CHAT = [{"role": "user", "content": "2+2="}]

@@ -73,6 +73,7 @@ def test_the_defaults_pass_their_own_checks_unchanged():
         ("max_steps", 0, "at least 1"),
         ("num_iterations", 0, "at least 1 and at most 1000"),
         ("seed", -1, "at least 0"),
+        ("seed", 2**32, "at most"),
         ("kl_coef", -0.1, "at least 0"),
         ("clip_range", 0.0, "greater than 0 and at most 1"),
         ("clip_range", 1.5, "greater than 0 and at most 1"),
@@ -112,7 +113,7 @@ def test_every_range_is_tested_above():
     [
         ("top_k", 0), ("top_p", 1.0), ("kl_coef", 0.0), ("gamma", 1.0), ("warmup_steps", 0), ("weight_decay", 0.0),
         ("max_grad_norm", math.inf), ("clip_range", 1.0), ("num_generations_per_prompt", 2), ("success_reward", -1.0),
-        ("save_total_limit", None), ("clip_range_high", 5.0), ("seed", 2**63 - 1), ("reward_weights", (-1.0, 0.0)),
+        ("save_total_limit", None), ("clip_range_high", 5.0), ("seed", 2**32 - 1), ("reward_weights", (-1.0, 0.0)),
     ],
 )  # fmt: skip
 def test_the_ends_of_the_ranges_are_allowed(name, value):

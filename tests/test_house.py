@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_lab"
 FLOORS = [
     {"logprobs", "advantages", "kl", "losses", "rewards"},  # mathematics, and the reading of answers
-    {"data", "sampling", "scoring", "reward_models", "adapters", "batches"},  # prompts and models
+    {"data", "forward", "sampling", "scoring", "reward_models", "adapters", "batches"},  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
-    {"trainer"},
+    {"trainer", "interop"},  # the run here, and the same elsewhere
     {"pocket", "checks"},
     {"widgets", "lessons"},
     {"cli", "train_grpo"},
@@ -90,8 +90,8 @@ def test_importing_everything_needs_no_optional_package():
     assert (
         python(
             "import sys\n"
-            "for name in ('datasets', 'peft', 'wandb', 'ipywidgets', 'matplotlib'): sys.modules[name] = None\n"
-            "import grpo_lab\n"
+            "for name in ('datasets', 'peft', 'wandb', 'ipywidgets', 'matplotlib', 'trl'): sys.modules[name] = None\n"
+            "import grpo_lab, grpo_lab.interop\n"
             "print(*[name for name in grpo_lab.__all__ if getattr(grpo_lab, name) is None])"
         )
         == ""

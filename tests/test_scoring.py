@@ -11,7 +11,7 @@ from torch import nn
 from grpo_lab import scoring
 from grpo_lab.pocket.make import make_tokenizer
 from grpo_lab.sampling import left_pad
-from grpo_lab.scoring import completion_logprobs, completion_scores, evaluating
+from grpo_lab.scoring import completion_logprobs, completion_scores
 
 PROMPTS = [[5], [6, 7, 8], [9, 3, 4, 5, 6, 7, 8]]
 COMPLETIONS = [[7, 3, 9, 4, 1], [4, 1], [1]]  # 1 ends; the padding after it is 1 as well in one of the tests
@@ -99,8 +99,11 @@ def test_gradient_flows_through_log_probabilities_and_not_through_entropies(mode
     assert not scores.entropies.requires_grad
 
 
+REAL = sum(map(len, COMPLETIONS))
+
+
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize(("elements", "sizes"), [(1, [1] * 3 * T), (2 * T * V, [2 * T, T]), (3 * T * V, [3])])
+@pytest.mark.parametrize(("elements", "sizes"), [(1, [1] * REAL), (3 * V, [3, 3, 2]), (REAL * V, [REAL])])
 def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes, truncated):
     input_ids, mask = batch()
     kept = torch.stack([input_ids[:, -T:], input_ids[:, -T:] + 1], -1) if truncated else None
@@ -121,39 +124,16 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(scoring, "token_logprobs", spy)
     forward, chunked, chunked_gradient = run()
-    assert forward == sizes  # so many positions at a time, in order; whole rows where all fits at once
+    assert forward == sizes  # so many positions at a time, in order, and none of padding
     assert sorted(seen) == sorted(sizes * (2 if len(sizes) > 1 else 1))  # chunks are recomputed in backward, not kept
     assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
     assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
-    assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("num_tokens", [0, 12, 13])
-def test_a_completion_needs_a_token_and_something_before_it(model, num_tokens):
-    with pytest.raises(ValueError, match=f"at least one column of prompt: got {num_tokens} of 12 columns"):
-        completion_logprobs(model, *batch(), num_tokens)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluating_turns_dropout_off_and_restores_the_mode_even_after_an_error(training):
-    net = nn.Sequential(nn.Dropout(0.9)).train(training)
-    with evaluating(net):
-        assert torch.equal(net(torch.ones(100)), torch.ones(100))
-    assert net.training == net[0].training == training
-    with pytest.raises(KeyError), evaluating(net):
-        raise KeyError
-    assert net.training == net[0].training == training
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
-def test_wrappers_do_not_hide_what_a_model_takes(model):
-    from peft import LoraConfig, get_peft_model
-
-    wrapped = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
-    distributed = nn.Module()  # DistributedDataParallel keeps the model as .module and takes anything
-    distributed.module = model
-    for outer in (model, wrapped, distributed):
-        assert scoring.accepts(outer, "position_ids")
-        assert not scoring.accepts(outer, "position")
-    assert scoring.position_ids(Bigram(), torch.ones(1, 4)) == {}
-    assert scoring.position_ids(model, torch.tensor([[0, 0, 1, 1, 1]]))["position_ids"].tolist() == [[0, 0, 0, 1, 2]]
+def test_entropies_are_not_computed_again_in_backward(monkeypatch):
+    counted = []
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", V)
+    monkeypatch.setattr(scoring, "token_entropies", lambda x, temperature: counted.append(1) or x[..., 0])
+    completion_scores(tiny_model(), *batch(), T).logprobs.sum().backward()
+    assert len(counted) == REAL

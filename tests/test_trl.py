@@ -1,7 +1,8 @@
 """TRL gets the same numbers from the same completions; where it does not, and on purpose, a test says what differs.
 
 TRL's trainers run as they are: they tokenize the prompts, decode and reward the completions, score them under the
-policy and the reference, compare, average and go backward. Only the tokens that our sampler drew are handed to them.
+policy and the reference, compare, average and go backward. Only the tokens that our sampler drew are handed to them,
+and their settings come from `to_trl`, which these tests prove.
 Weights are float64, so that rounding hides little; TRL rounds each log-probability to float32 all the same, hence 1e-6.
 """
 
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.config import PRESETS
+from grpo_lab.interop import to_trl
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import aggregate, importance_ratio
 from grpo_lab.pocket.make import make_tokenizer
@@ -37,7 +39,7 @@ RECIPES = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group", "importance_sampling_level": "token"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0},
     "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0},
-    "bnpo": {"loss_type": "bnpo"},
+    "bnpo": {"loss_type": "dapo"},  # over the whole batch, where TRL's "bnpo" takes its mean over a micro-batch
     "gspo": {
         "loss_type": "grpo", "importance_sampling_level": "sequence",
         "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0,
@@ -47,6 +49,7 @@ RECIPES = {
 # how far an update moves the policy, so that the next ones find some tokens clipped and others not
 RATE = {"gspo": 3e-6, "cispo": 1e-2}
 KL = 0.1
+UNEVEN = {"seed": 42}  # TRL deals completions to micro-batches at random; with this seed the halves differ
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +142,7 @@ def our_update(run, batch) -> Step:
 
 
 def completion_ids(batch) -> list[list[int]]:
-    rollouts = [part.rollouts for part in batch.parts]
-    return [ids[m].tolist() for r in rollouts for ids, m in zip(r.completion_ids, r.completion_mask, strict=True)]
+    return [row["completion_ids"] for row in batch.completions]
 
 
 class Twins:
@@ -149,7 +151,8 @@ class Twins:
     Args:
         parts, their_parts: micro-batches per optimizer step.
         trainer: "GRPO" or "RLOO".
-        theirs: TRL's settings where they are to be no translation of ours.
+        theirs: TRL's settings where they are to be no translation of ours; top_k among them has one draw the same
+            tokens, and score them under the whole distribution.
     """
 
     def __init__(
@@ -159,11 +162,14 @@ class Twins:
         self.rows = [
             {"prompt": prompt} for prompt in PROMPTS for _ in range(self.run.config.num_generations_per_prompt)
         ]
-        settings = translated(self.run.config, preset, trainer) | {
+        settings = {
             "per_device_train_batch_size": len(self.rows) // their_parts, "gradient_accumulation_steps": their_parts,
             "output_dir": str(folder / "theirs"),
-        }  # fmt: skip
-        self.trl = trl_trainer(folder, reward, PROMPTS, trainer, exact, **settings | (theirs or {}))
+        } | (theirs or {})  # fmt: skip
+        translate = to_trl if trainer == "GRPO" else to_rloo
+        self.trl = trl_trainer(
+            folder, reward, PROMPTS, translate(self.run.config.replace(top_k=0), **settings), trainer, exact
+        )  # fmt: skip
         self.trl.current_gradient_accumulation_steps = self.trl.args.gradient_accumulation_steps
         ids = completion_ids(self.batch)
         self.trl._generate_single_turn = lambda *_: ids if trainer == "RLOO" else (ids, None)
@@ -171,7 +177,7 @@ class Twins:
     def advantages(self) -> tuple[Tensor, Tensor]:
         self.trl.model.train()
         theirs = self.trl._generate_and_score_completions(self.rows)["advantages"]
-        return torch.cat([part.advantages for part in self.batch.parts]), theirs
+        return torch.tensor([row["advantage"] for row in self.batch.completions]), theirs
 
     def update(self) -> tuple[Step, Step]:
         """The same optimizer step in both, from our weights. TRL's metrics are means over its micro-batches."""
@@ -187,33 +193,25 @@ class Twins:
         return our_update(self.run, self.batch), Step(loss, gradient(model), metrics)
 
 
-def translated(config, preset, trainer):
-    """Our settings under TRL's names."""
+def to_rloo(config, **changes):
+    """Our settings under the names of TRL's RLOOTrainer."""
     settings = {
         "num_generations": config.num_generations_per_prompt, "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature, "num_iterations": config.num_iterations, "beta": config.kl_coef,
         "epsilon": config.clip_range, "epsilon_high": config.clip_range_high, "learning_rate": config.learning_rate,
-        "reward_weights": config.reward_weights and list(config.reward_weights),
     }  # fmt: skip
-    if trainer == "RLOO":
-        return settings
-    cap = {"epsilon_high": 1 + config.clip_range_high} if config.surrogate == "cispo" else {}
-    return settings | cap | {
-        "loss_type": RECIPES[preset]["loss_type"], "scale_rewards": config.scale_rewards,
-        "importance_sampling_level": config.importance, "use_bias_correction_kl": False,
-    }  # fmt: skip
+    machine = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
+    return trl.RLOOConfig(disable_dropout=True, **settings | machine | changes)
 
 
-def trl_trainer(folder, reward, prompts, kind="GRPO", prepare=lambda model: model, **settings):
+def trl_trainer(folder, reward, prompts, args, kind="GRPO", prepare=lambda model: model):
     """TRL's trainer of the policy `tiny_model()` and the reference `tiny_model(seed=7)`."""
     policy = prepare(tiny_model())
     tiny_model(seed=7).save_pretrained(folder / "reference")
     policy.config.name_or_path = str(folder / "reference")  # where TRL looks for its reference
-    machine = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
     made = getattr(trl, f"{kind}Trainer")(
-        policy, reward, getattr(trl, f"{kind}Config")(disable_dropout=True, **machine, **settings),
-        datasets.Dataset.from_dict({"prompt": prompts}), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        policy, reward, args, datasets.Dataset.from_dict({"prompt": prompts}), processing_class=make_tokenizer()
+    )
     prepare(made.ref_model)
     return made
 
@@ -223,7 +221,8 @@ def trl_trainer(folder, reward, prompts, kind="GRPO", prepare=lambda model: mode
 
 @pytest.mark.parametrize("preset", RECIPES)
 def test_a_preset_is_the_recipe_that_trl_gives(preset):
-    assert RECIPES[preset].items() <= translated(GRPOConfig.preset(preset), preset, "GRPO").items()
+    config = GRPOConfig.preset(preset, top_k=0, top_p=1.0, device="cpu")
+    assert RECIPES[preset].items() <= vars(to_trl(config)).items()
 
 
 REWARDS = [
@@ -256,11 +255,12 @@ CLIPPED = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mea
 
 @pytest.mark.parametrize(
     ("preset", "changes", "parts", "their_parts"),
-    [(*case, *parts) for case in CASES for parts in ((1, 1), (4, 1), (1, 2)) if case[0] != "bnpo" or parts != (1, 2)],
+    [(*case, *parts) for case in CASES for parts in ((1, 1), (4, 1), (1, 2))],
     ids=str,
 )
 def test_loss_gradient_and_metrics_agree_at_every_update_of_a_rollout(tmp_path, preset, changes, parts, their_parts):
-    twins = Twins(tmp_path, preset, parts=parts, their_parts=their_parts, **changes)
+    theirs = {"loss_type": "bnpo"} if preset == "bnpo" and their_parts == 1 else {}  # its translation is as dapo's
+    twins = Twins(tmp_path, preset, parts=parts, their_parts=their_parts, theirs=theirs, **changes)
     config = twins.run.config
     per_update = {"entropy"} | ({"kl"} if config.kl_coef else set())
     if config.surrogate == "clip" and config.importance == "token":
@@ -291,11 +291,11 @@ def test_a_whole_run_in_float32_ends_with_the_same_weights(tmp_path):
     records = [record.metrics for record in run.steps()]
 
     prompts = [row["prompt"] for batch in batches for row in batch.completions[:: config.num_generations_per_prompt]]
-    theirs = trl_trainer(
-        tmp_path, by_text, prompts, **translated(config, "grpo", "GRPO") | common, lr_scheduler_type="linear",
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, shuffle_dataset=False, logging_steps=1,
-        save_strategy="no", disable_tqdm=True, output_dir=str(tmp_path / "theirs"),
+    args = to_trl(
+        config, shuffle_dataset=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        output_dir=str(tmp_path / "theirs"),
     )  # fmt: skip
+    theirs = trl_trainer(tmp_path, by_text, prompts, args)
     ids = iter([completion_ids(batch) for batch in batches])
     theirs._generate_single_turn = lambda *_: (next(ids), None)
     theirs.train()
@@ -347,9 +347,9 @@ def test_the_cap_of_cispo_is_one_plus_clip_range_high_here_and_epsilon_high_in_t
 
 
 def test_bnpo_of_trl_depends_on_the_micro_batches(tmp_path):
-    ours, theirs = Twins(tmp_path, "bnpo", parts=2, their_parts=2).update()
+    ours, theirs = Twins(tmp_path, "bnpo", parts=2, their_parts=2, theirs=UNEVEN | {"loss_type": "bnpo"}).update()
     assert distance(ours.gradient, theirs.gradient) > 0.01
-    _, whole = Twins(tmp_path, "bnpo").update()
+    _, whole = Twins(tmp_path, "bnpo", theirs={"loss_type": "bnpo"}).update()
     assert same(ours, whole)
 
 
@@ -470,7 +470,7 @@ def test_the_share_of_capped_tokens_of_cispo_counts_both_signs_here_and_positive
 
 
 def test_metrics_of_trl_are_means_over_micro_batches(tmp_path):
-    ours, theirs = Twins(tmp_path, their_parts=2).update()
+    ours, theirs = Twins(tmp_path, their_parts=2, theirs=UNEVEN).update()
     _, whole = Twins(tmp_path).update()
     assert ours.metrics["entropy"] == pytest.approx(whole.metrics["entropy"], rel=1e-6)
     assert ours.metrics["entropy"] != pytest.approx(theirs.metrics["entropy"], rel=1e-4)

@@ -1,9 +1,12 @@
 """Sliders move figures, runs are watched, samples are browsed: without a browser, through the widgets' own values."""
 
 import base64
+import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 ipywidgets = pytest.importorskip("ipywidgets")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ipywidgets|traitlets|jupyter_client")
@@ -37,6 +40,42 @@ def test_moving_a_slider_draws_anew(explorer):
     assert len(explorer.figure.axes) == 1
     assert len(explorer.figure.axes[0].patches) == 16
     assert explorer._image.value != before
+
+
+def ground(figure):
+    figure.subplots().set(xlim=(-1, 20), ylim=(0, 20), xlabel="completion", ylabel="reward")
+
+
+def on_ground(figure, K):
+    axes = figure.axes[0]
+    axes.bar(range(K), range(K), yerr=1)
+    axes.text(2, 15, f"K = {K}")
+    return f"K = {K}"
+
+
+def pixels(picture):
+    data = base64.b64decode(picture.partition("base64,")[2].rstrip('">'))
+    return imread(io.BytesIO(data), format="png")[..., :3]
+
+
+def test_what_no_control_changes_is_drawn_once_and_the_rest_anew():
+    grounds = []
+    explorer = Explorer(on_ground, ground=lambda f: grounds.append(ground(f)), K=slider("K", 2, 19, 8))
+    axes = explorer.figure.axes[0]
+    for K in (19, 5):
+        explorer.K.value = K
+        explorer._repr_mimebundle_()  # a sharper picture in between leaves no trace
+    assert len(grounds) == 1
+    assert explorer.figure.axes == [axes]
+    assert [len(kept) for kept in (axes.patches, axes.texts, axes.containers)] == [5, 1, 2]
+
+    ground(fresh := Figure((8.0, 3.4), 80))
+    on_ground(fresh, 5)
+    expected = pixels(widgets.img_tag(widgets.png(fresh, 80), "", fresh))
+    shown = pixels(explorer._image.value)
+    assert shown.shape == expected.shape
+    differing = abs(shown - expected).max(-1) > 0.02
+    assert differing.mean() < 0.002  # the feet of the bars, which stand before the axis and not behind it
 
 
 def test_without_a_kernel_the_picture_and_its_words_are_left(explorer):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from grpo_lab.advantages import all_equal, group_advantages
@@ -23,31 +24,59 @@ from grpo_lab.reporting import COLOURS, RecordedRun, running_mean, wilson_interv
 
 RIGHT, WRONG, DARK = COLOURS["reward"], "#BBC4CC", "#5A6670"
 DEAD, PALE = COLOURS["zero_std"], "#F6DDA8"
+PUSHES = {
+    "GRPO": {"color": DEAD, "linestyle": "-", "linewidth": 2.2},
+    "Dr. GRPO": {"color": RIGHT, "linestyle": "--", "linewidth": 2.2},
+    "RLOO": {"color": "black", "linestyle": ":", "linewidth": 2.2},
+}
+COIN = {"color": "black", "linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 3.5,
+        "label": "if all were equally hard"}  # fmt: skip
 SHOWN = 100  # groups that are drawn one by one, so that a column is a per cent
+
+
+def ground_of_groups(figure: Figure) -> None:
+    """What K and p do not change in `draw_groups`."""
+    columns = figure.add_axes((0.075, 0.585, 0.9, 0.29))
+    advantages, dead, noise = (figure.add_axes((left, 0.105, 0.235, 0.31)) for left in (0.075, 0.41, 0.74))
+    columns.set(xlim=(0, SHOWN), ylim=(0, 1), xticks=[0, 100], yticks=[0, 0.5, 1], ylabel="share right")
+    columns.tick_params(axis="x", pad=12, length=0)
+    columns.spines[:].set_visible(False)
+    columns.set_xlabel("groups, sorted by their right answers;  × marks a dead one", labelpad=-11)
+    columns.scatter([0.8, 13.8, 26.8, 39.8], [1.11] * 4, s=55, marker="s", c=[RIGHT, WRONG, DEAD, PALE], clip_on=False)
+    for n, word in enumerate(("right", "wrong", "all right", "all wrong", "- - -  p, about which the means scatter")):
+        columns.text(13 * n + 2.2, 1.075, word, fontsize=10)
+
+    _ground_of_histogram(advantages)
+    dead.set(title="Dead groups", xlabel="p, chance of a right answer", ylabel="share of groups")
+    dead.set(xlim=(0, 1), ylim=(0, 1.05), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    noise.set(title="Noise of the baseline", xlabel="K, completions per group", ylabel="std of the group's mean")
+    noise.set(xlim=(0, 66), ylim=(0, 0.4), xticks=[2, 32, 64], yticks=[0, 0.2, 0.4])
+    noise.text(34, 0.37, "√(p (1 − p) / K)", ha="center", va="top", fontsize=10)  # not LaTeX, which is slow
+    _tidy(advantages, dead, noise)
+
+
+def _ground_of_histogram(panel) -> None:
+    panel.set(title="Advantages", xlabel="advantage (±4: and beyond)", ylabel="share of completions")
+    panel.set(xlim=(-4.3, 4.3), ylim=(0, 1.2), xticks=[-4, -2, 0, 2, 4], yticks=[0, 0.5, 1])
+    for x, word, colour in ((-2.7, "wrong", DARK), (0, "dead", "#8A5A00"), (2.7, "right", RIGHT)):
+        panel.text(x, 1.07, word, color=colour, ha="center", fontsize=10)
 
 
 def draw_groups(figure: Figure, K: int, p: float) -> str:
     """A hundred groups, one column each; their advantages; how many are dead; how noisy the baseline is."""
+    columns, advantages, dead_groups, noise = figure.axes
     rewards = coin_rewards(K, p)
     dead, means = all_equal(rewards).float().mean().item(), rewards.mean(1)
-    _draw_columns(figure.add_axes((0.075, 0.585, 0.9, 0.29)), rewards[:SHOWN], p)
-    panels = [figure.add_axes((left, 0.105, 0.235, 0.31)) for left in (0.075, 0.41, 0.74)]
-    _draw_histogram(panels[0], rewards)
+    _draw_columns(columns, rewards[:SHOWN], p)
+    _draw_histogram(advantages, rewards)
 
     ps, Ks = np.linspace(0, 1, 101), np.arange(2, 65)
-    panels[1].fill_between(ps, dead_share(ps, K), color=PALE)
-    panels[1].plot(ps, dead_share(ps, K), color=DEAD, linewidth=2.2)
-    panels[1].plot(p, dead, "o", color="black", markersize=6)
-    panels[1].set(title="Dead groups", xlabel="p, chance of a right answer", ylabel="share of groups")
-    panels[1].set(xlim=(0, 1), ylim=(0, 1.05), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    panels[1].text(0.5, 0.93, "pᴷ + (1 − p)ᴷ", ha="center", va="top", fontsize=10)  # not LaTeX, which is slow
-
-    panels[2].plot(Ks, np.sqrt(p * (1 - p) / Ks), color=RIGHT, linewidth=2.2)
-    panels[2].plot(K, means.std(), "o", color="black", markersize=6)
-    panels[2].set(title="Noise of the baseline", xlabel="K, completions per group", ylabel="std of the group's mean")
-    panels[2].set(xlim=(0, 66), ylim=(0, 0.4), xticks=[2, 32, 64], yticks=[0, 0.2, 0.4])
-    panels[2].text(34, 0.37, "√(p (1 − p) / K)", ha="center", va="top", fontsize=10)
-    _tidy(*panels)
+    dead_groups.fill_between(ps, dead_share(ps, K), color=PALE)
+    dead_groups.plot(ps, dead_share(ps, K), color=DEAD, linewidth=2.2)
+    dead_groups.plot(p, dead, "o", color="black", markersize=6)
+    dead_groups.text(0.5, 0.93, "pᴷ + (1 − p)ᴷ", ha="center", va="top", fontsize=10)
+    noise.plot(Ks, np.sqrt(p * (1 - p) / Ks), color=RIGHT, linewidth=2.2)
+    noise.plot(K, means.std(), "o", color="black", markersize=6)
     low, high = wilson_interval(dead, len(rewards))
     square = group_advantages(rewards).square().mean()
     return (
@@ -74,15 +103,8 @@ def _draw_columns(panel, rewards: Tensor, p: float) -> None:
     panel.axhline(p, color="black", linewidth=1, linestyle="--")
     panel.plot(np.flatnonzero(is_dead) + 0.5, np.full(int(is_dead.sum()), -0.06), "x", color="#8A5A00", markersize=3.5,
                clip_on=False)  # fmt: skip
-    panel.set(xlim=(0, len(right)), ylim=(0, 1), xticks=[0, 100], yticks=[0, 0.5, 1], ylabel="share right")
-    panel.tick_params(axis="x", pad=12, length=0)
-    panel.spines[:].set_visible(False)
-    panel.set_xlabel("groups, sorted by their right answers;  × marks a dead one", labelpad=-11)
     title = f"100 prompts, K = {K} answers each: {int(is_dead.sum())} of them teach nothing"
     panel.text(0, 1.22, title, fontsize=12, fontweight="bold")
-    panel.scatter([0.8, 13.8, 26.8, 39.8], [1.11] * 4, s=55, marker="s", c=[RIGHT, WRONG, DEAD, PALE], clip_on=False)
-    for n, word in enumerate(("right", "wrong", "all right", "all wrong", "- - -  p, about which the means scatter")):
-        panel.text(13 * n + 2.2, 1.075, word, fontsize=10)
 
 
 def _draw_histogram(panel, rewards: Tensor) -> None:
@@ -93,35 +115,37 @@ def _draw_histogram(panel, rewards: Tensor) -> None:
         share = counts / rewards.numel()
         panel.stairs(below + share, edges, baseline=below, fill=True, color=colour)
         below = below + share
-    panel.set(title="Advantages", xlabel="advantage (±4: and beyond)", ylabel="share of completions", xlim=(-4.3, 4.3))
-    panel.set(ylim=(0, 1.2), xticks=[-4, -2, 0, 2, 4], yticks=[0, 0.5, 1])
-    for x, word, colour in ((-2.7, "wrong", DARK), (0, "dead", "#8A5A00"), (2.7, "right", RIGHT)):
-        panel.text(x, 1.07, word, color=colour, ha="center", fontsize=10)
+
+
+def ground_of_difficulty(figure: Figure) -> None:
+    """What K does not change in `draw_difficulty`."""
+    push, weight = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.17, top=0.88, wspace=0.25)
+    p = np.linspace(0.02, 0.98, 97)
+    (true,) = push.plot(p, p * (1 - p), color="#CCCCCC", linewidth=7, label="true gradient, $p(1-p)$")
+    lines = [Line2D([], [], **style, label=name) for name, style in PUSHES.items()]
+    push.legend(handles=[true, *lines], frameon=False, fontsize=9, ncols=2, loc="upper center")
+    push.set(title="Expected push of a prompt", ylabel="push on the policy's weight", ylim=(0, 0.62), xlim=(0, 1))
+    weight.set(title="What dividing by the std does to it", ylabel="GRPO / Dr. GRPO", ylim=(0, 8), xlim=(0, 1))
+    for panel in (push, weight):
+        panel.set_xlabel("p, chance of a right answer")
+    _tidy(push, weight)
 
 
 def draw_difficulty(figure: Figure, K: int) -> str:
     """How hard prompts of each difficulty push under GRPO, Dr. GRPO and RLOO, and what the std alone does."""
+    push, weight = figure.axes
     p = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
     pushes = {
         "GRPO": expected_push(p, K),
         "Dr. GRPO": expected_push(p, K, scale="none"),
         "RLOO": expected_push(p, K, baseline="leave-one-out", scale="none"),
     }
-    push, weight = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.17, top=0.88, wspace=0.25)
-    push.plot(p, p * (1 - p), color="#CCCCCC", linewidth=7, label="true gradient, $p(1-p)$")
-    styles = {"GRPO": (DEAD, "-"), "Dr. GRPO": (RIGHT, "--"), "RLOO": ("black", ":")}
-    for name, (colour, line) in styles.items():
-        push.plot(p, pushes[name], line, color=colour, linewidth=2.2, label=name)
-    push.set(title="Expected push of a prompt", ylabel="push on the policy's weight", ylim=(0, 0.55), xlim=(0, 1))
-    push.legend(frameon=False, fontsize=9, ncols=2, loc="upper center")
+    for name, style in PUSHES.items():
+        push.plot(p, pushes[name], **style)
     ratio = pushes["GRPO"] / pushes["Dr. GRPO"]
     weight.plot(p, ratio, color=DEAD, linewidth=2.2)
     weight.axhline(ratio[48], color="#999999", linewidth=0.8, linestyle=":")
-    weight.set(title="What dividing by the std does to it", ylabel="GRPO / Dr. GRPO", ylim=(0, 8), xlim=(0, 1))
-    for panel in (push, weight):
-        panel.set_xlabel("p, chance of a right answer")
-    _tidy(push, weight)
     at = {x: round((x - 0.02) * 100) for x in (0.05, 0.5)}
     parts = (f"{name} {values[at[0.5]]:.3f}" for name, values in pushes.items())
     return (
@@ -155,30 +179,36 @@ def draw_std_eps(figure: Figure) -> str:
     return "\n".join(f"std_eps {e:.0e}: clear signal {a:.2f}, faint {b:.2f}, none {c:.4f}" for e, a, b, c in rows)
 
 
+def ground_of_rollouts(figure: Figure, rewards: Tensor) -> None:
+    """What the step does not change in `draw_rollouts`: axes, and the course of the run [steps, P, K]."""
+    K, steps = rewards.shape[2], range(1, len(rewards) + 1)
+    counts, advantages, course = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.075, right=0.98, bottom=0.18, top=0.88, wspace=0.38)
+    counts.set(title="Groups around this step", xlabel=f"right answers of {K}", ylabel="share of groups")
+    counts.set(xlim=(-0.7, K + 0.7), ylim=(0, 1.15), xticks=range(0, K + 1, 2))
+    counts.legend(handles=[Line2D([], [], **COIN)], frameon=False, fontsize=9, loc="upper center")
+    _ground_of_histogram(advantages)
+    course.plot(steps, running_mean(rewards.mean((1, 2)).tolist()), color=RIGHT, linewidth=2.2, label="reward")
+    deads = [all_equal(r).float().mean().item() for r in rewards]
+    course.plot(steps, running_mean(deads), "--", color=DEAD, linewidth=2.2, label="dead groups")
+    course.set(title="The run", xlabel="optimizer step", ylabel="mean; share", xlim=(0, steps[-1] + 1), ylim=(0, 1.15))
+    course.legend(frameon=False, fontsize=9, loc="upper center", ncols=2, columnspacing=1, handlelength=1.5)
+    _tidy(counts, advantages, course)
+
+
 def draw_rollouts(figure: Figure, rewards: Tensor, step: int) -> str:
     """The groups of a real run [steps, P, K] around a step: right answers per group, advantages, the course."""
     K, first, last = rewards.shape[2], max(1, step - 2), min(len(rewards), step + 2)
     window = rewards[first - 1 : last].flatten(0, 1)
     share, dead, p = shares_by_right_answers(window), all_equal(window).float().mean().item(), window.mean().item()
-    counts, advantages, course = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.075, right=0.98, bottom=0.18, top=0.88, wspace=0.38)
+    counts, advantages, course = figure.axes
     bars = counts.bar(range(K + 1), share, color=[DEAD, *[RIGHT] * (K - 1), DEAD], width=0.8)
     for bar in (bars[0], bars[K]):
         bar.set(hatch="//", edgecolor="white")
     coin = [math.comb(K, c) * p**c * (1 - p) ** (K - c) for c in range(K + 1)]
-    counts.plot(range(K + 1), coin, "o--", color="black", markersize=3.5, linewidth=1, label="if all were equally hard")
-    counts.set(title=f"Groups, steps {first} to {last}", xlabel=f"right answers of {K}", ylabel="share of groups")
-    counts.set(ylim=(0, 1.15), xticks=range(0, K + 1, 2))
-    counts.legend(frameon=False, fontsize=9, loc="upper center")
+    counts.plot(range(K + 1), coin, **COIN)
     _draw_histogram(advantages, window)
-    steps = range(1, len(rewards) + 1)
-    course.plot(steps, running_mean(rewards.mean((1, 2)).tolist()), color=RIGHT, linewidth=2.2, label="reward")
-    deads = [all_equal(r).float().mean().item() for r in rewards]
-    course.plot(steps, running_mean(deads), "--", color=DEAD, linewidth=2.2, label="dead groups")
-    course.axvspan(first - 0.5, last + 0.5, color="#EEEEEE", zorder=0)
-    course.set(title="The run", xlabel="optimizer step", ylabel="mean; share", ylim=(0, 1.15))
-    course.legend(frameon=False, fontsize=9, loc="upper center", ncols=2, columnspacing=1, handlelength=1.5)
-    _tidy(counts, advantages, course)
+    course.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.08, linewidth=0)
     return (
         f"steps {first} to {last}: mean reward {p:.2f}; dead groups {dead:.2f} of {len(window)}\n"
         f"dead if all prompts were equally hard: {coin[0] + coin[K]:.2f}; "

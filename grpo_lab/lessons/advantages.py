@@ -43,7 +43,8 @@ def expected_push(p: Tensor, K: int, *, baseline: str = "mean", scale: str = "gr
     ways = torch.tensor([math.comb(K, c) for c in range(K + 1)], dtype=p.dtype)
     right = torch.arange(K + 1)
     chance = ways * p[:, None] ** right * (1 - p[:, None]) ** (K - right)  # [N, K + 1]
-    return (chance * (advantages * (rewards - p[:, None, None])).mean(-1)).sum(-1)
+    push = (advantages * rewards).mean(-1) - p[:, None] * advantages.mean(-1)
+    return (chance * push).sum(-1)
 
 
 def plain_advantages(rewards: Tensor, std_eps: float) -> Tensor:

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from grpo_lab import pocket
+from grpo_lab.batches import MicroBatch
 from grpo_lab.config import GRPOConfig
 from grpo_lab.data import countdown_dataset
 from grpo_lab.losses import aggregate, clipped_surrogate
@@ -49,20 +52,34 @@ def reuse(clip_range: float, clip_range_high: float, *, updates: int = 16, look_
     )  # fmt: skip
     trainer = GRPOTrainer(model, None, countdown, tokenizer, config, countdown_dataset(2048))
     batch = trainer.collect(range(8))
-    part = batch.parts[0]
-    mask = part.rollouts.completion_mask
-    result = Reuse([], part.advantages[:, None].expand_as(mask)[mask], [], [], {})
+    advantages = [part.advantages[:, None].expand_as(part.rollouts.completion_mask) for part in batch.parts]
+    masks = [part.rollouts.completion_mask for part in batch.parts]
+    result = Reuse([], _tokens(advantages, masks), [], [], {})
     for done in range(updates + 1):
-        old = part.rollouts.logprobs if part.old_logprobs is None else part.old_logprobs
-        ratios = (trainer._logprobs_under(model, part.rollouts) - old).where(mask, 0.0).exp()
-        result.ratios.append(ratios[mask])
-        result.believed.append(aggregate(ratios * part.advantages[:, None], mask).item())
+        ratios = [_ratios(trainer, part) for part in batch.parts]
+        result.ratios.append(_tokens(ratios, masks))
+        result.believed.append(
+            sum(
+                aggregate(r * a, mask, total=len(batch.completions)).item()
+                for r, a, mask in zip(ratios, advantages, masks, strict=True)
+            )
+        )
         if done in look_at:
             result.right[done] = _share_right(trainer)
         if done < updates:
             result.cut.append(trainer.update(batch)["clip_ratio/region_mean"])
             trainer.step += 1
     return result
+
+
+def _ratios(trainer: GRPOTrainer, part: MicroBatch) -> Tensor:
+    old = part.rollouts.logprobs if part.old_logprobs is None else part.old_logprobs
+    now = trainer._logprobs_under(trainer.model, part.rollouts)
+    return (now - old).where(part.rollouts.completion_mask, 0.0).exp()
+
+
+def _tokens(values: list[Tensor], masks: list[Tensor]) -> Tensor:
+    return torch.cat([v[mask] for v, mask in zip(values, masks, strict=True)])
 
 
 def _share_right(trainer: GRPOTrainer, problems: int = 300) -> tuple[float, float, float]:
@@ -84,6 +101,25 @@ def surrogate_and_gradient(ratios: Tensor, advantages: Tensor, low: float, high:
     return gain.detach().squeeze(1), slope.squeeze(1)
 
 
+WITHOUT_CLIP = {"color": PLAIN, "linestyle": "--", "linewidth": 1.2, "label": "unclipped"}
+WITH_CLIP = {"color": "black", "linewidth": 2.4, "label": "clipped"}
+
+
+def ground_of_clip(figure: Figure) -> None:
+    """What no control changes in `draw_clip`."""
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
+    titles = ("objective  min(c A, clip(c) A)", "its gradient by log π, from autograd")
+    for panel, title in zip(figure.subplots(1, 2), titles, strict=True):
+        panel.axvline(1.0, color=PLAIN, linewidth=0.8)
+        panel.axhline(0.0, color=PLAIN, linewidth=0.8)
+        panel.set(xlim=(0, WIDEST), ylim=(-WIDEST - 0.1, WIDEST + 0.1), title=title)
+        panel.set_xlabel("ratio c = π(token) / π when sampled")
+        panel.locator_params(nbins=5)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles = [Line2D([], [], **style) for style in (WITHOUT_CLIP, WITH_CLIP)]
+    figure.axes[0].legend(handles=handles, frameon=False, loc="upper left")
+
+
 def draw_clip(figure: Figure, batch: Reuse, sign: str, low: float, high: float, updates: int) -> str:
     """Objective and gradient over the ratio for A = +1 or -1; the batch's tokens with that sign of A as a rug."""
     A = 1.0 if sign.startswith("+") else -1.0
@@ -93,30 +129,20 @@ def draw_clip(figure: Figure, batch: Reuse, sign: str, low: float, high: float, 
     tokens = batch.ratios[updates][ours]
     _, token_slopes = surrogate_and_gradient(tokens, torch.full_like(tokens, A), low, high)
     cut = token_slopes == 0
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
     edge = 1 + high if A > 0 else 1 - low
-    for panel, values, plain, title in zip(
-        figure.subplots(1, 2), (gain, slope), (grid * A, grid * A),
-        ("objective  min(c A, clip(c) A)", "its gradient by log π, from autograd"), strict=True,
-    ):  # fmt: skip
-        floor = min(0.0, A * WIDEST) - 0.75
-        panel.axvspan(*((edge, WIDEST) if A > 0 else (0.0, edge)), color=CUT, alpha=0.18, hatch="//", linewidth=0)
-        panel.plot(grid, plain, "--", color=PLAIN, linewidth=1.2, label="without the clip")
-        panel.plot(grid, values, color="black", linewidth=2.4, label="with it")
-        for these, height, colour in ((~cut, 0.2, "black"), (cut, 0.5, "#9E6C00")):
+    for panel, values in zip(figure.axes, (gain, slope), strict=True):
+        panel.fill_between((edge, WIDEST) if A > 0 else (0.0, edge), -0.9 * A, 3 * A, color=CUT, alpha=0.18, hatch="//",
+                           linewidth=0)  # fmt: skip
+        panel.plot(grid, grid * A, **WITHOUT_CLIP)
+        panel.plot(grid, values, **WITH_CLIP)
+        for these, height, colour in ((~cut, -0.6 * A, "black"), (cut, -0.3 * A, "#9E6C00")):
             x = tokens[these].clamp(max=WIDEST - 0.01)
-            panel.plot(x, torch.full_like(x, floor + height), "|", color=colour, markersize=9, alpha=0.45)
-        panel.axvline(1.0, color=PLAIN, linewidth=0.8)
-        panel.set(xlim=(0, WIDEST), ylim=(floor, max(0.0, A * WIDEST) + 0.15), title=title)
-        panel.set_xlabel("ratio c = π(token) / π when sampled")
-        panel.locator_params(nbins=5)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, loc="upper left" if A > 0 else "upper right")
+            panel.plot(x, torch.full_like(x, height), "|", color=colour, markersize=9, alpha=0.45)
     return (
         f"A = {A:+.0f}, clipped at {1 - low:.2f} and {1 + high:.2f}: no gradient where c "
         f"{'>' if A > 0 else '<'} {edge:.2f} (hatched); the other edge cuts nothing here.\n"
         f"The rug: {len(tokens)} real tokens with this sign of A, after {updates} update{'s' * (updates != 1)} on one "
-        f"rollout.\n{cut.float().mean():.1%} of them are cut (upper row); "
+        f"rollout.\n{cut.float().mean():.1%} of them are cut (inner row); "
         f"their ratios go from {tokens.min():.3f} to {tokens.max():.2f}."
     )
 
@@ -152,30 +178,36 @@ def pull(lengths: tuple[int, int], how: str) -> list[Tensor]:
     return [row[m] for row, m in zip(slope, mask, strict=True)]
 
 
-def draw_length_bias(figure: Figure, long: int) -> str:
-    """A short and a long completion under three means: their shares of the gradient, and the pull on one token."""
+SHORT_BAR = {"facecolor": "#56B4E9", "edgecolor": "black"}
+LONG_BAR = {"facecolor": "white", "edgecolor": "black", "hatch": "//"}
+
+
+def ground_of_length_bias(figure: Figure) -> None:
+    """What the length does not change in `draw_length_bias`."""
     share, token = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.17, right=0.96, bottom=0.2, top=0.84, wspace=0.15)
-    lines = []
-    for y, how in enumerate(MEANS):
-        short, other = pull((SHORT, long), how)
-        part = (short.sum() / (short.sum() + other.sum())).item()
-        share.barh(y, part, color="#56B4E9", edgecolor="black", label="short" if y == 0 else None)
-        share.barh(
-            y, 1 - part, left=part, color="white", edgecolor="black", hatch="//", label="long" if y == 0 else None
-        )
-        token.barh(y - 0.2, short[0].item(), 0.36, color="#56B4E9", edgecolor="black")
-        token.barh(y + 0.2, other[0].item(), 0.36, color="white", edgecolor="black", hatch="//")
-        lines.append(f"{how + ':':15}the short one has {part:.0%} of the gradient; "
-                     f"a token of it pulls {short[0] / other[0]:.1f} times as hard as one of the long one")  # fmt: skip
     share.set(xlabel="share of the gradient", xlim=(0, 1), yticks=range(3), yticklabels=MEANS)
     token.set(xlabel="pull of one token, |dJ / d log π|", xlim=(0, 0.14), yticks=range(3), yticklabels=[""] * 3)
     for panel in (share, token):
-        panel.invert_yaxis()
+        panel.set_ylim(2.6, -0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    handles = share.get_legend_handles_labels()[0]
-    names = [f"short: {SHORT} tokens", f"long: {long} tokens"]
-    figure.legend(handles, names, ncols=2, frameon=False, loc="upper center")
+    handles = [Patch(**SHORT_BAR, label=f"short: {SHORT} tokens"), Patch(**LONG_BAR, label="long:")]
+    figure.legend(handles=handles, ncols=2, frameon=False, loc="upper center")
+
+
+def draw_length_bias(figure: Figure, long: int) -> str:
+    """A short and a long completion under three means: their shares of the gradient, and the pull on one token."""
+    (share, token), lines = figure.axes, []
+    for y, how in enumerate(MEANS):
+        short, other = pull((SHORT, long), how)
+        part = (short.sum() / (short.sum() + other.sum())).item()
+        share.barh(y, part, **SHORT_BAR)
+        share.barh(y, 1 - part, left=part, **LONG_BAR)
+        token.barh(y - 0.2, short[0].item(), 0.36, **SHORT_BAR)
+        token.barh(y + 0.2, other[0].item(), 0.36, **LONG_BAR)
+        lines.append(f"{how + ':':15}the short one has {part:.0%} of the gradient; "
+                     f"a token of it pulls {short[0] / other[0]:.1f} times as hard as one of the long one")  # fmt: skip
+    share.text(0.667, 0.933, f"{long} tokens", va="center", transform=figure.transFigure)  # beside the legend's "long:"
     return "\n".join(lines)
 
 

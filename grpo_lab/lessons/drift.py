@@ -3,11 +3,11 @@
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from grpo_lab import pocket
@@ -32,46 +32,33 @@ def gained(logits: Tensor) -> tuple[float, float]:
     return (logits.softmax(-1) @ REWARDS).item(), exact_kl(logits, REF).item()
 
 
-@cache
-def all_optima() -> list[tuple[float, float]]:
-    """Reward and KL of the best policy for many a beta, from 0.01 to 32."""
-    return [gained(optimum(beta)) for beta in torch.logspace(-2, 1.5, 60).tolist()]
+BEST = {"facecolor": COLOURS["reward"], "edgecolor": "black", "label": "best policy"}
+
+
+def ground_of_beta(figure: Figure) -> None:
+    """What beta does not change in `draw_beta`: the reference, and the curve of all betas."""
+    bars, curve = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.28)
+    reference = bars.bar(torch.arange(7) - 0.2, REF.softmax(-1).tolist(), 0.4, color="white", edgecolor="black",
+                         hatch="//", label="reference")  # fmt: skip
+    bars.set(title="one word of seven", ylabel="probability", xlim=(-0.7, 6.7), ylim=(0, 1), xticks=range(7))
+    bars.set_xticklabels([f"{word}\n{reward:g}" for word, reward in zip(WORDS, REWARDS.tolist(), strict=True)])
+    bars.legend(handles=[reference, Patch(**BEST)], frameon=False, loc="upper right")
+    rewards, kls = zip(*(gained(optimum(beta)) for beta in torch.logspace(-2, 1.5, 60).tolist()), strict=True)
+    curve.plot(kls, rewards, color="black")
+    curve.set(title="every β from 32 to 0.01", xlabel="KL to the reference, nats", ylabel="expected reward")
+    curve.set(xlim=(-0.15, 3.1), ylim=(0, 1.05))
+    for panel in (bars, curve):
+        panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_beta(figure: Figure, beta: float) -> str:
     """The best policy for this beta, and where it stands on the curve of all betas."""
-    bars, curve = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.28)
-    best, x = optimum(beta), torch.arange(7)
-    bars.bar(
-        (x - 0.2).tolist(),
-        REF.softmax(-1).tolist(),
-        0.4,
-        color="white",
-        edgecolor="black",
-        hatch="//",
-        label="reference",
-    )
-    bars.bar(
-        (x + 0.2).tolist(),
-        best.softmax(-1).tolist(),
-        0.4,
-        color=COLOURS["reward"],
-        edgecolor="black",
-        label="best policy",
-    )
-    bars.set(title="one word of seven", ylabel="probability", ylim=(0, 1), xticks=range(7))
-    bars.set_xticklabels([f"{word}\n{reward:g}" for word, reward in zip(WORDS, REWARDS.tolist(), strict=True)])
-    bars.legend(frameon=False)
-    points = all_optima()
+    bars, curve = figure.axes
+    best = optimum(beta)
     reward, kl = gained(best)
-    curve.plot([k for _, k in points], [r for r, _ in points], color="black")
+    bars.bar(torch.arange(7) + 0.2, best.softmax(-1).tolist(), 0.4, **BEST)
     curve.plot(kl, reward, "o", color=COLOURS["reward"], markersize=10)
-    curve.set(
-        title="every β from 32 to 0.01", xlabel="KL to the reference, nats", ylabel="expected reward", ylim=(0, 1.05)
-    )
-    for panel in (bars, curve):
-        panel.spines[["top", "right"]].set_visible(False)
     return (
         f"β = {beta:.2f}: the best policy earns {reward:.3f} at a KL of {kl:.3f} nats; "
         f"the reference earns {gained(REF)[0]:.3f}"
@@ -132,29 +119,33 @@ def sweep(runs: Sequence[RecordedRun]) -> Sweep:
     return Sweep(list(runs), mean("reward"), mean("kl") if "kl" in runs[0].metrics[0] else None)
 
 
-def draw_sweep(figure: Figure, sweeps: Mapping[str, Sweep], beta: str) -> str:
-    """Reward against the step, and reward against KL: the chosen beta strong, the others faint."""
+def ground_of_sweep(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
+    """Reward against the step, and reward against KL, of every beta: all of them faint."""
     curve, plane = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.82, wspace=0.25)
-    figure.suptitle(sweeps[beta].runs[0].label, fontsize=9)
-    for name, one in sorted(sweeps.items(), key=lambda item: item[0] == beta):
-        chosen = name == beta
-        style = {"color": COLOURS["reward"] if chosen else "#999999", "linewidth": 2.5 if chosen else 1.0}
-        curve.plot(one.reward, **style)
-        if one.kl is not None:
-            plane.plot(one.kl, one.reward, **style)
-            plane.plot(one.kl[-1], one.reward[-1], "o", color=style["color"])
-            plane.annotate(
-                f"β {name}",
-                (one.kl[-1], one.reward[-1]),
-                (8, -12 if name in ("0.1", "2") else 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
+    figure.suptitle(next(iter(sweeps.values())).runs[0].label, fontsize=9)
     curve.set(title="reward", xlabel="optimizer step", ylabel="mean over seeds", ylim=(0, 1.05))
     plane.set(title="reward against KL", xlabel="KL to the reference, nats per token", ylim=(0, 1.05), xlim=(0, 0.5))
+    for name, one in sweeps.items():
+        _draw_run(curve, plane, one, color="#999999", linewidth=1.0)
+        if one.kl is not None:
+            down = name in ("0.1", "2")
+            plane.annotate(f"β {name}", (one.kl[-1], one.reward[-1]), (8, -12 if down else 4), fontsize=8,
+                           textcoords="offset points")  # fmt: skip
     for panel in (curve, plane):
         panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_run(curve, plane, one: Sweep, **style) -> None:
+    curve.plot(one.reward, **style)
+    if one.kl is not None:
+        plane.plot(one.kl, one.reward, **style)
+        plane.plot(one.kl[-1], one.reward[-1], "o", color=style["color"])
+
+
+def draw_sweep(figure: Figure, sweeps: Mapping[str, Sweep], beta: str) -> str:
+    """The chosen beta, strong, over all of them."""
+    _draw_run(*figure.axes, sweeps[beta], color=COLOURS["reward"], linewidth=2.5)
     one = sweeps[beta]
     right = ", ".join(f"{run.info['after']['eval/pass@1']:.0%}" for run in one.runs)
     drift = "not computed" if one.kl is None else f"{one.kl[-1]:.3f} nats per token"

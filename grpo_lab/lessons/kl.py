@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from grpo_lab.kl import exact_kl, kl_estimate
@@ -64,29 +66,40 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return round((a @ b / (a.norm() * b.norm()).clamp(min=1e-9)).item(), 9) + 0.0  # and not -0.0
 
 
-def draw_estimators(figure: Figure, place: str, distance: float) -> str:
-    """Left the value of each estimator, right its gradient, both beside the exact KL's."""
+VALUE = {"color": COLOURS["kl"], "linewidth": 2, "label": "exact KL"}
+SLOPE = {"color": COLOURS["kl"], "alpha": 0.5, "label": "exact"}
+
+
+def ground_of_estimators(figure: Figure) -> None:
+    """What no control changes in `draw_estimators`."""
     values, slopes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.17, top=0.88, wspace=0.25)
+    values.set(title="value: mean ± std of one word", ylabel="nats", xticks=range(3), xticklabels=ESTIMATORS)
+    values.set(xlim=(-0.5, 2.5), ylim=(-3, 5.5))
+    values.legend(handles=[Line2D([], [], **VALUE)], frameon=False, loc="upper left")
+    slopes.set(title="expected gradient", ylabel="by each logit", xticks=range(7), xticklabels=WORDS)
+    slopes.set(xlim=(-0.7, 6.7), ylim=(-0.6, 0.6))
+    marks = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m, _) in LOOK.items()]
+    slopes.legend(handles=[Patch(**SLOPE), *marks], frameon=False, loc="lower right")
+    for panel in (values, slopes):
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_estimators(figure: Figure, place: str, distance: float) -> str:
+    """Left the value of each estimator, right its gradient, both beside the exact KL's."""
+    values, slopes = figure.axes
     logits, x = policy(distance), torch.arange(7)
     kl, slope = exact_kl(logits, REF).item(), exact_gradient(logits)
-    values.axhline(kl, color=COLOURS["kl"], linewidth=2, label="exact KL")
-    slopes.bar(range(7), slope.tolist(), color=COLOURS["kl"], alpha=0.5, label="exact")
-    lines = [f"exact KL(π‖ref) {kl:.3f} nats"]
+    values.axhline(kl, **VALUE)
+    slopes.bar(range(7), slope.tolist(), **SLOPE)
+    lines = [f"penalty {place}; exact KL(π‖ref) {kl:.3f} nats"]
     for i, name in enumerate(ESTIMATORS):
         colour, marker, _ = LOOK[name]
         (mean, spread), ours = value(logits, name), gradient(logits, name, place)
         values.errorbar(i, mean, spread, fmt=marker, color=colour, capsize=5, markersize=8)
-        slopes.plot(x + 0.2 * (i - 1), ours, marker, color=colour, label=name)
+        slopes.plot(x + 0.2 * (i - 1), ours, marker, color=colour)
         lines.append(f"{name}: value {mean:.3f}, one word ± {spread:.2f}; gradient of length {ours.norm():.3f}, "
                      f"cosine {cosine(ours, slope):.2f} with the exact one")  # fmt: skip
-    values.set(
-        title="value: mean ± std of one word", ylabel="nats", xlim=(-0.5, 2.5), xticks=range(3), xticklabels=ESTIMATORS
-    )
-    slopes.set(title=f"expected gradient, {place}", ylabel="by each logit", xticks=range(7), xticklabels=WORDS)
-    for panel in (values, slopes):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
     return "\n".join(lines)
 
 
@@ -144,26 +157,30 @@ def descents() -> dict[str, dict[str, Descent]]:
     return {name: {k: descend(k, **way) for k in ESTIMATORS} for name, way in ways.items()}
 
 
-def draw_descent(figure: Figure, runs: Mapping[str, Mapping[str, Descent]], way: str) -> str:
-    """Exact KL and entropy while a policy walks down the penalty."""
+def ground_of_descent(figure: Figure) -> None:
+    """What the way does not change in `draw_descent`."""
     kl, entropy = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.25)
-    lines = []
+    top = torch.tensor(float(len(REF))).log().item()
+    entropy.axhline(top, color=COLOURS["entropy"], linewidth=1.5)
+    entropy.text(2, top + 0.05, "all words alike", color=COLOURS["entropy"])
+    kl.set(title="exact KL to the reference", ylabel="nats", ylim=(-0.03, 1.0))
+    entropy.set(title="entropy", ylabel="nats", ylim=(0, 2.2))
+    for panel in (kl, entropy):
+        panel.set(xlabel="steps of descent on the penalty", xlim=(-7, 157))
+        panel.spines[["top", "right"]].set_visible(False)
+    handles = [Line2D([], [], color=c, linestyle=line, linewidth=2, label=name) for name, (c, _, line) in LOOK.items()]
+    kl.legend(handles=handles, frameon=False, loc=(0.72, 0.14))
+
+
+def draw_descent(figure: Figure, runs: Mapping[str, Mapping[str, Descent]], way: str) -> str:
+    """Exact KL and entropy while a policy walks down the penalty."""
+    (kl, entropy), lines = figure.axes, []
     for name, run in runs[way].items():
         colour, _, line = LOOK[name]
-        kl.plot(run.kl, line, color=colour, linewidth=2, label=name)
-        entropy.plot(run.entropy, line, color=colour, linewidth=2, label=name)
+        kl.plot(run.kl, line, color=colour, linewidth=2)
+        entropy.plot(run.entropy, line, color=colour, linewidth=2)
         lines.append(
             f"{name}: KL {run.kl[0]:.3f} → {run.kl[-1]:.3f} nats, entropy {run.entropy[0]:.2f} → {run.entropy[-1]:.2f}"
         )
-    top = torch.tensor(float(len(REF))).log().item()
-    entropy.axhline(top, color=COLOURS["entropy"], linewidth=1.5)
-    entropy.text(2, top + 0.03, "all words alike", color=COLOURS["entropy"])
-    kl.set(
-        title="exact KL to the reference", ylabel="nats", ylim=(-0.03, 1.0), xlabel="steps of descent on the penalty"
-    )
-    entropy.set(title="entropy", ylabel="nats", ylim=(0, 2.2), xlabel="steps of descent on the penalty")
-    for panel in (kl, entropy):
-        panel.spines[["top", "right"]].set_visible(False)
-    kl.legend(frameon=False)
     return "\n".join(lines)

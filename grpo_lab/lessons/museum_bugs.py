@@ -94,9 +94,9 @@ BUGS: dict[str, Bug] = {
     ),
     "shift": Bug(
         "the log-probabilities are shifted by one",
-        "scoring.completion_logits",
-        "output.logits[:, -num_tokens - 1 : -1]",
-        "output.logits[:, -num_tokens:]",
+        "forward.completion_states",
+        "{name: columns[:, :-1] for name, columns in inputs.items()}",
+        "{name: columns for name, columns in inputs.items()}",
         "Sampler and scorer would disagree by whole nats at step 1, and the reward would not rise: other "
         "tokens than the sampled ones learn.",
         "Compare the log-probabilities of sampler and scorer right after a rollout, or add up step by step "
@@ -104,9 +104,9 @@ BUGS: dict[str, Bug] = {
     ),
     "groups": Bug(
         "the groups are mixed up",
-        "trainer.GRPOTrainer.collect",
-        "penalised.view(-1, K), baseline",
-        "penalised.view(K, -1).T, baseline",
+        "trainer.GRPOTrainer._advantages",
+        "rewards.view(-1, K), baseline",
+        "rewards.view(K, -1).T, baseline",
         "The reward would not rise, and among the samples right answers would have negative advantages, wrong "
         "ones positive ones.",
         "Read one group: in it, a higher reward must have a higher advantage. A test permutes the prompts: "
@@ -125,7 +125,7 @@ BUGS: dict[str, Bug] = {
     "entropy": Bug(
         "what is logged as entropy is -log p of the sampled tokens",
         "scoring.completion_scores",
-        "return Scores(logprobs, entropies.view_as(logprobs))",
+        "return Scores(logprobs, _at(attention_mask[:, -num_tokens:].bool(), entropies))",
         "return Scores(logprobs, -logprobs.detach())",
         "Every number would be that of the healthy run, digit for digit, except one curve: entropy.",
         "Compute the metric from its definition for one batch. Of one token, entropy lies between 0 and log "

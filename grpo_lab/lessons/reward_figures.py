@@ -15,26 +15,32 @@ PAID = {"uncapped": ("#D55E00", "-"), "capped": ("#E69F00", "--"), "exact": (COL
 LOG_2 = float(np.log(2))
 
 
-def draw_bradley_terry(figure: Figure, chosen: float, rejected: float) -> str:
-    """What two scores say about a choice, how surprising it then is, and how hard the loss pulls at them."""
-    scores = torch.tensor([chosen, rejected], requires_grad=True)
-    loss = bradley_terry_loss(scores[:1], scores[1:])
-    pull = -torch.autograd.grad(loss, scores)[0]
-    gap, gaps = chosen - rejected, np.linspace(-8, 8, 161)
-    chance = 1 / (1 + np.exp(-gap))
+def ground_of_bradley_terry(figure: Figure) -> None:
+    """What the scores do not change in `draw_bradley_terry`."""
+    gaps = np.linspace(-8, 8, 161)
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.97, bottom=0.18, top=0.87, wspace=0.25)
     curves = (1 / (1 + np.exp(-gaps)), np.logaddexp(0, -gaps))
-    names = (("Chance that the chosen one wins", "probability", chance), ("Loss", "nats", loss.item()))
-    for panel, curve, (title, label, here) in zip(panels, curves, names, strict=True):
+    names = (("Chance that the chosen one wins", "probability"), ("Loss", "nats"))
+    for panel, curve, (title, label) in zip(panels, curves, names, strict=True):
         panel.plot(gaps, curve, color="#0072B2", linewidth=2.2)
-        panel.plot(gap, here, "o", color="black", markersize=7)
         panel.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
         panel.set(title=title, ylabel=label, xlabel="score of the chosen − score of the rejected", xlim=(-8.2, 8.2))
         panel.set_xticks([-8, -4, 0, 4, 8])
     panels[0].set_ylim(-0.03, 1.05)
     panels[1].set_ylim(-0.2, 8.3)
     _tidy(*panels)
+
+
+def draw_bradley_terry(figure: Figure, chosen: float, rejected: float) -> str:
+    """What two scores say about a choice, how surprising it then is, and how hard the loss pulls at them."""
+    scores = torch.tensor([chosen, rejected], requires_grad=True)
+    loss = bradley_terry_loss(scores[:1], scores[1:])
+    pull = -torch.autograd.grad(loss, scores)[0]
+    gap = chosen - rejected
+    chance = 1 / (1 + np.exp(-gap))
+    for panel, here in zip(figure.axes, (chance, loss.item()), strict=True):
+        panel.plot(gap, here, "o", color="black", markersize=7)
     return (
         f"scores {chosen:+.1f} and {rejected:+.1f}: the chosen one wins with probability {chance:.2f}, "
         f"loss {loss.item():.2f} nats\n"

@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from grpo_lab.data import encode_prompt
+from grpo_lab.forward import accepts
 from grpo_lab.logprobs import token_entropies, token_logprobs, truncate
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
-from grpo_lab.scoring import accepts, completion_logprobs
+from grpo_lab.scoring import completion_logprobs
 
 MODEL, DRAWN, END = "#BBBBBB", "#0072B2", "#E69F00"  # Okabe and Ito's, and grey for what is given
 FILL = {"prompt": "#DDDDDD", "completion": "#9FD0F0", "end": END, "padding": "white"}
+SHOWN = 9  # tokens whose probabilities are drawn
 VIEWS = ("token", "attention mask", "position", "completion mask", "log-probability")
 
 
@@ -84,24 +88,31 @@ def push(sampled: Tensor, scored: Tensor) -> Tensor:
     return sampled - scored
 
 
-def draw_distribution(figure: Figure, after: str, temperature: float, top_k: int, top_p: float, *,
-                      logits: Mapping[str, Tensor], names: Sequence[str], shown: int = 9) -> str:  # fmt: skip
-    """The model's distribution after a text, and what the sampler makes of it."""
-    z = logits[after]
-    model, drawn = z.softmax(-1), sampler(z, temperature=temperature, top_k=top_k, top_p=top_p)
-    order = model.argsort(descending=True)[:shown].tolist()
+def ground_of_distribution(figure: Figure) -> None:
+    """What no control changes in `draw_distribution`."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.95)
-    x = range(len(order))
-    panel.bar([i - 0.2 for i in x], model[order].tolist(), 0.4, color=MODEL, label="model, temperature 1")
-    panel.bar([i + 0.2 for i in x], drawn[order].tolist(), 0.4, color=DRAWN, label="sampler")
+    panel.set(xlim=(-0.6, SHOWN - 0.4), ylim=(0, 1.1), xticks=range(SHOWN), xticklabels=[])
+    panel.set(xlabel="\nnext token, the likeliest first", ylabel="probability")
+    handles = [Patch(color=MODEL, label="model, temperature 1"), Patch(color=DRAWN, label="sampler")]
+    panel.legend(handles=handles, frameon=False, loc="upper right")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_distribution(figure: Figure, after: str, temperature: float, top_k: int, top_p: float, *,
+                      logits: Mapping[str, Tensor], names: Sequence[str]) -> str:  # fmt: skip
+    """The model's distribution after a text, and what the sampler makes of it."""
+    (panel,) = figure.axes
+    z = logits[after]
+    model, drawn = z.softmax(-1), sampler(z, temperature=temperature, top_k=top_k, top_p=top_p)
+    order = model.argsort(descending=True)[:SHOWN].tolist()
+    x = np.arange(SHOWN)
+    panel.bar(x - 0.2, model[order].tolist(), 0.4, color=MODEL)
+    panel.bar(x + 0.2, drawn[order].tolist(), 0.4, color=DRAWN)
     for i, token in enumerate(order):
         text = f"{drawn[token]:.2f}" if drawn[token] > 0 else "cut"
         panel.text(i + 0.2, drawn[token].item() + 0.02, text, ha="center", fontsize=9, color=DRAWN)
-    panel.set_xticks(x, [names[token] for token in order])
-    panel.set(xlabel=f"next token after {after}", ylabel="probability", ylim=(0, 1.1))
-    panel.legend(frameon=False, loc="upper right")
-    panel.spines[["top", "right"]].set_visible(False)
+        panel.text(i, -0.045, names[token], ha="center", va="top")
     kept = [token for token in drawn.argsort(descending=True).tolist() if drawn[token] > 0]
     entropy = token_entropies(z.view(1, 1, -1), temperature=temperature).item()
     return (
@@ -135,25 +146,29 @@ def cells(rollouts: Rollouts, names: Sequence[str], show: str) -> tuple[list[lis
     return values, kinds
 
 
+def ground_of_batch(figure: Figure, rows: int, columns: int) -> None:
+    """Room for the table of `draw_batch`, for so many columns at most."""
+    panel = figure.subplots()
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.9)
+    panel.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
+
+
 def draw_batch(figure: Figure, show: str, temperature: float, *, roll, names: Sequence[str]) -> str:
     """A batch as a table of tokens, coloured by what they are. roll(temperature) gives the Rollouts."""
     rollouts = roll(temperature)
     values, kinds = cells(rollouts, names, show)
-    panel = figure.subplots()
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.9)
+    (panel,) = figure.axes
     rows, columns, T = len(values), len(values[0]), rollouts.num_tokens
-    for r in range(rows):
-        for c in range(columns):
-            panel.text(c, r, values[r][c], ha="center", va="center", fontsize=10)
-    panel.imshow([[to_rgb(FILL[kind]) for kind in row] for row in kinds], aspect="auto")
+    for r, row in enumerate(values):
+        for c, value in enumerate(row):
+            if value:
+                panel.text(c, r, value, ha="center", va="center", fontsize=10)
+    fill = [[to_rgb(FILL[kind]) for kind in row] for row in kinds]
+    panel.pcolormesh(range(columns), range(rows), fill, edgecolors="white", linewidth=1.5)
     panel.axvline(columns - T - 0.5, color="black", linewidth=2)
     panel.text(columns - T - 0.6, -0.75, "prompt, padded left", ha="right")
     panel.text(columns - T - 0.4, -0.75, "completion, padded right", ha="left")
-    panel.set_xticks([c - 0.5 for c in range(1, columns)], [])
-    panel.set_yticks([r - 0.5 for r in range(1, rows)], [])
-    panel.grid(color="white", linewidth=1.5)
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
     count = {kind: sum(row.count(kind) for row in kinds) for kind in FILL}
     lengths = rollouts.completion_mask.sum(1).tolist()
     return (
@@ -162,19 +177,24 @@ def draw_batch(figure: Figure, show: str, temperature: float, *, roll, names: Se
     )  # fmt: skip
 
 
+def ground_of_ratios(figure: Figure) -> None:
+    """What no control changes in `draw_ratios`."""
+    panel = figure.subplots()
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.95)
+    panel.axvspan(0.8, 1.2, color="#009E73", alpha=0.15, label="0.8 to 1.2: never clipped")
+    panel.set(xlabel="π_scorer / π_sampler (2: 2 and above)", ylabel="share of the tokens drawn")
+    panel.set(xlim=(-0.025, 2.025), ylim=(0, 1.03))
+    panel.legend(frameon=False, loc="upper left")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def draw_ratios(figure: Figure, temperature: float, top_p: float, scorer: str, *, roll, model) -> str:
     """How far pi_scorer / pi_sampler is from 1 before anything was learned. roll(temperature, top_p) gives Rollouts."""
     rollouts = roll(temperature, top_p)
     same = {"temperature": temperature, "kept": rollouts.kept} if scorer == "as sampled" else {}
     ratio = ratios(model, rollouts, **same)
-    panel = figure.subplots()
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.95)
-    panel.axvspan(0.8, 1.2, color="#009E73", alpha=0.15, label="0.8 to 1.2: never clipped")
-    edges = torch.linspace(-0.025, 2.025, 42).tolist()  # a bin of its own for 1
-    panel.hist(ratio.clamp(max=2.0).tolist(), edges, color=DRAWN, label="one count per token drawn")
-    panel.set(xlabel="π_scorer / π_sampler (2: 2 and above)", ylabel="tokens", xlim=(-0.025, 2.025))
-    panel.legend(frameon=False, loc="upper left")
-    panel.spines[["top", "right"]].set_visible(False)
+    counts, edges = np.histogram(ratio.clamp(max=2.0), 41, (-0.025, 2.025))  # a bin of its own for 1
+    figure.axes[0].stairs(counts / len(ratio), edges, fill=True, color=DRAWN)
     outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
     off = (ratio - 1).abs().max()
     return (

@@ -11,21 +11,25 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 import grpo_lab
 from grpo_lab import StepRecord, completion_logprobs, group_advantages, kl_estimate, sample, token_logprobs
 from grpo_lab.data import PromptOrder, derived_seed, encode_prompt
+from grpo_lab.forward import completion_logits
 from grpo_lab.reporting import COLOURS, METRICS
 from grpo_lab.rewards import countdown
 from grpo_lab.sampling import Rollouts, left_pad
-from grpo_lab.scoring import completion_logits, completion_scores
+from grpo_lab.scoring import completion_scores
 
 PROMPT, SEED = "5,9,2:47=", 344
 """Four completions of this prompt, drawn with this seed, earn 1, 0, 0, 1, and all differ."""
 REWARDS = {"1, 0, 0, 1": [1.0, 0.0, 0.0, 1.0], "1, 1, 1, 1": [1.0] * 4, "1, 0, 0, 0": [1.0, 0.0, 0.0, 0.0]}
 LABELS = {"reward": "mean reward", "kl": "KL, nats per token", "entropy": "entropy, nats"}
 RIGHT, WRONG = COLOURS["reward"], "#D55E00"
+STYLES = ("-", "--", "-.", ":")
 
 
 def grpo_loss(*tensors: Tensor, **settings) -> Tensor:
@@ -128,30 +132,36 @@ def compute_group(step: Callable, model: nn.Module, tokenizer, *, updates: int =
     return Group([row["completion"] for row in rows], rollouts, probabilities)
 
 
-def draw_group(figure: Figure, group: Group, rewards: str, updates: int) -> str:
-    """How likely each of the four completions is now, beside how likely it was; and the way there."""
+def ground_of_group(figure: Figure, group: Group) -> None:
+    """What no control changes in `draw_group`: axes, names, and how likely each completion was at first."""
     figure.subplots_adjust(left=0.08, right=0.985, bottom=0.19, top=0.88, wspace=0.26)
     bars, ways = figure.subplots(1, 2)
-    history, earned, places = group.probabilities[rewards], REWARDS[rewards], range(len(group.texts))
+    history = group.probabilities["1, 0, 0, 1"]
+    before = bars.bar([x - 0.2 for x in range(4)], history[0].tolist(), 0.38, facecolor="none", edgecolor="#555555",
+                      label="when sampled")  # fmt: skip
+    bars.set_xticks(range(4), [f"{text}\n" for text in group.texts])
+    bars.set(xlim=(-0.6, 3.6), ylabel="probability of the completion", title=f"Completions of {PROMPT}")
+    bars.legend(handles=[before, Patch(color=RIGHT, label="now")], frameon=False, loc="upper left")
+    lines = [Line2D([], [], color="#555555", linestyle=s, label=t) for s, t in zip(STYLES, group.texts, strict=True)]
+    ways.legend(handles=lines, frameon=False, loc="upper left", ncols=2)
+    ways.set(xlabel="updates on the same four completions", ylabel="probability", title="The way there")
+    ways.set_xlim(-0.05 * len(history), 1.05 * len(history) - 1)
+    for panel in (bars, ways):
+        panel.set(ylim=(0, 0.75), yticks=[0, 0.2, 0.4, 0.6])
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_group(figure: Figure, group: Group, rewards: str, updates: int) -> str:
+    """How likely each of the four completions is now, beside how likely it was; and the way there."""
+    bars, ways = figure.axes
+    history, earned = group.probabilities[rewards], REWARDS[rewards]
     before, now = history[0].tolist(), history[updates].tolist()
     colours = [RIGHT if reward else WRONG for reward in earned]
-    bars.bar([x - 0.2 for x in places], before, 0.38, facecolor="none", edgecolor="#555555", label="when sampled")
-    bars.bar([x + 0.2 for x in places], now, 0.38, color=colours, label="now")
-    marks = [f"{text}\nreward {reward:.0f}" for text, reward in zip(group.texts, earned, strict=True)]
-    bars.set_xticks(list(places), marks)
-    bars.set(ylim=(0, 0.75), ylabel="probability of the completion", title=f"{PROMPT} after {updates} updates")
-    bars.legend(frameon=False, loc="upper left")
-    for text, values, colour, style in zip(
-        group.texts, history.T.tolist(), colours, ("-", "--", "-.", ":"), strict=True
-    ):
-        ways.plot(range(len(values)), values, style, color=colour, linewidth=1.8, label=text)
+    bars.bar([x + 0.2 for x in range(4)], now, 0.38, color=colours)
+    for x, (values, reward, colour, style) in enumerate(zip(history.T.tolist(), earned, colours, STYLES, strict=True)):
+        bars.text(x, -0.095, f"reward {reward:.0f}", ha="center", va="top")
+        ways.plot(range(len(values)), values, style, color=colour, linewidth=1.8)
         ways.plot(updates, values[updates], "o", color=colour)
-    ways.set(ylim=(0, 0.75), xlabel="updates on the same four completions", ylabel="probability", title="The way there")
-    ways.legend(frameon=False, loc="upper left", ncols=2)
-    ways.set_xticks([0, len(history) // 2, len(history) - 1])  # each label costs a slider three milliseconds
-    for panel in (bars, ways):
-        panel.set_yticks([0, 0.2, 0.4, 0.6])
-        panel.spines[["top", "right"]].set_visible(False)
     pairs = zip(group.texts, before, now, strict=True)
     moves = ", ".join(f"{text} {a:.3f} to {b:.3f}" for text, a, b in pairs)
     return f"rewards {rewards}, probability from update 0 to {updates}:\n{moves}"

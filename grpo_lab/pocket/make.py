@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_lab import pocket
 from grpo_lab.data import countdown_dataset, countdown_expressions, countdown_problems, countdown_prompt, encode_prompt
+from grpo_lab.forward import evaluating
 from grpo_lab.rewards import countdown, solves
 from grpo_lab.sampling import left_pad, sample
-from grpo_lab.scoring import evaluating
 
 CHARACTERS = "0123456789+-*/(),:="
 LONGEST = 24  # tokens of a line of text, its end included

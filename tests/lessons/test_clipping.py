@@ -25,7 +25,7 @@ def test_the_gradient_in_all_six_regions():
 
 @pytest.mark.parametrize(("sign", "edge", "cut_at"), [("+1", "> 1.30", 2.0), ("-1", "< 0.80", 0.5)])
 def test_the_rug_holds_the_tokens_of_that_sign_and_parts_the_cut_ones(batch, sign, edge, cut_at):
-    figure = Figure()
+    clipping.ground_of_clip(figure := Figure())
     words = clipping.draw_clip(figure, batch, sign, 0.2, 0.3, 1)
     assert edge in words
     assert "2 real tokens" in words
@@ -37,7 +37,8 @@ def test_the_rug_holds_the_tokens_of_that_sign_and_parts_the_cut_ones(batch, sig
 
 
 def test_before_any_update_nothing_is_cut(batch):
-    assert "0.0% of them are cut" in clipping.draw_clip(Figure(), batch, "+1", 0.02, 0.02, 0)
+    clipping.ground_of_clip(figure := Figure())
+    assert "0.0% of them are cut" in clipping.draw_clip(figure, batch, "+1", 0.02, 0.02, 0)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_the_pull_on_a_token(how, short, long):
 
 
 def test_the_bars_of_the_length_bias():
-    figure = Figure()
+    clipping.ground_of_length_bias(figure := Figure())
     words = clipping.draw_length_bias(figure, 16)
     shares = [bar.get_width() for bar in figure.axes[0].patches]
     assert shares == pytest.approx([0.5, 0.5, 0.2, 0.8, 0.2, 0.8])

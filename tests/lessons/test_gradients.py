@@ -127,24 +127,24 @@ def test_pictures_show_the_data():
     assert [bar.get_height() for bar in figure.axes[1].patches] == pytest.approx(exact.tolist())
     assert words.splitlines()[0][-41:] == words.splitlines()[1][-41:]
 
-    figure = Figure()
+    figures.ground_of_baseline(figure := Figure(), policy=policy[2], rewards=rewards[2])
     words = figures.draw_baseline(figure, 0.5, policy=policy[2], rewards=rewards[2])
     assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx(exact.tolist())
     assert "b = 0.50" in words
 
     noise = {1.0: {K: gradients.measure(policy, rewards, K, batches=50) for K in gradients.GROUP_SIZES}}
-    figure = Figure()
+    figures.ground_of_noise(figure := Figure())
     figures.draw_noise(figure, 1.0, "10", "equal", noise=noise)
     drawn = figure.axes[0].containers[2].lines[0].get_ydata()  # the group mean
     assert drawn[0] == pytest.approx(4 * noise[1.0][2]["group mean", 0].variance)
 
     history = gradients.train("leave-one-out", steps=20, runs=3)
-    figure = Figure()
+    figures.ground_of_value(figure := Figure(), history=history)
     figures.draw_value(figure, 0.3, history=history)
     truth = figure.axes[0].lines[1].get_ydata()
     assert list(truth) == pytest.approx(history.expected[:-1, 0, 3].tolist())
 
     curves = {(name, 0): torch.full((61, 2), 0.7) for name in gradients.BASELINES}
-    figure = Figure()
+    figures.ground_of_training(figure := Figure())
     assert "step 20: 0.70 ± 0.00" in figures.draw_training(figure, 0, curves=curves)
     assert len(figure.axes[0].lines) == 5

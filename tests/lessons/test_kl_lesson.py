@@ -43,7 +43,7 @@ def test_the_expected_gradients():
 
 
 def test_the_bars_are_the_exact_gradient_and_the_words_its_cosines():
-    figure = Figure()
+    kl.ground_of_estimators(figure := Figure())
     words = kl.draw_estimators(figure, "in the loss", 1.0)
     heights = [bar.get_height() for bar in figure.axes[1].patches]
     assert heights == pytest.approx(kl.exact_gradient(kl.policy(1.0)).tolist())
@@ -74,7 +74,8 @@ def test_k1_under_the_wrong_softmax_ends_near_uniform():
 
 def test_the_figure_of_the_descents():
     run = kl.Descent([0.5, 0.25], [1.0, 1.5], kl.REF)
-    words = kl.draw_descent(Figure(), {"exactly": dict.fromkeys(kl.ESTIMATORS, run)}, "exactly")
+    kl.ground_of_descent(figure := Figure())
+    words = kl.draw_descent(figure, {"exactly": dict.fromkeys(kl.ESTIMATORS, run)}, "exactly")
     assert words.splitlines()[0] == "k1: KL 0.500 → 0.250 nats, entropy 1.00 → 1.50"
 
 
@@ -90,7 +91,7 @@ def test_a_small_beta_earns_more_and_drifts_further():
     (low_reward, low_kl), (high_reward, high_kl) = (drift.gained(drift.optimum(b)) for b in (2.0, 0.1))
     assert low_reward < high_reward
     assert low_kl < high_kl
-    figure = Figure()
+    drift.ground_of_beta(figure := Figure())
     assert "0.370" in drift.draw_beta(figure, 0.5)
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == pytest.approx([*kl.REF.softmax(-1).tolist(), *drift.optimum(0.5).softmax(-1).tolist()])
@@ -103,11 +104,12 @@ def test_the_recorded_sweep_averages_the_seeds():
     without = drift.sweep([RecordedRun(info, [{"step": 1, "reward": 0.7}], [])])
     assert with_kl.reward == pytest.approx([0.3])
     assert without.kl is None
-    figure = Figure()
-    words = drift.draw_sweep(figure, {"0": without, "0.5": with_kl}, "0.5")
+    sweeps = {"0": without, "0.5": with_kl}
+    drift.ground_of_sweep(figure := Figure(), sweeps)
+    words = drift.draw_sweep(figure, sweeps, "0.5")
     assert "50%, 50% (seeds 0 to 1)" in words
     assert "KL at the end: 0.100" in words
-    assert "not computed" in drift.draw_sweep(Figure(), {"0": without, "0.5": with_kl}, "0")
+    assert "not computed" in drift.draw_sweep(figure, sweeps, "0")
 
 
 def test_a_live_run_logs_kl_and_reward():

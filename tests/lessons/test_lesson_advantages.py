@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from grpo_lab.lessons import advantages as lesson
 from grpo_lab.reporting import RecordedRun, wilson_interval
 
 
-def words(draw, *arguments, **settings) -> tuple[Figure, str]:
+def words(draw, *arguments, ground=lambda figure: None, **settings) -> tuple[Figure, str]:
     figure = Figure(figsize=(9, 5.6))
+    ground(figure)
     return figure, draw(figure, *arguments, **settings)
 
 
@@ -60,9 +63,9 @@ def test_rewards_of_a_step_come_back_as_groups():
 
 
 def test_the_flagship_shows_every_group_once_and_all_completions():
-    figure, text = words(figures.draw_groups, K=4, p=0.3)
+    figure, text = words(figures.draw_groups, ground=figures.ground_of_groups, K=4, p=0.3)
     columns, histogram, dead, noise = figure.axes
-    assert "K = 4" in columns.texts[0].get_text()
+    assert "K = 4" in columns.texts[-1].get_text()
     heights = sum(patch.get_data().values.sum() - patch.get_data().baseline.sum() for patch in histogram.patches)
     assert heights == pytest.approx(1.0)
     assert dead.lines[1].get_data()[0] == pytest.approx(0.3)
@@ -71,7 +74,7 @@ def test_the_flagship_shows_every_group_once_and_all_completions():
 
 
 def test_every_column_of_the_flagship_is_marked_if_all_groups_are_dead():
-    figure, text = words(figures.draw_groups, K=2, p=0.02)
+    figure, text = words(figures.draw_groups, ground=figures.ground_of_groups, K=2, p=0.02)
     marks = figure.axes[0].lines[1].get_xdata()
     rewards = lesson.coin_rewards(2, 0.02)[: figures.SHOWN]
     assert len(marks) == (rewards[:, 0] == rewards[:, 1]).sum()
@@ -79,7 +82,7 @@ def test_every_column_of_the_flagship_is_marked_if_all_groups_are_dead():
 
 
 def test_the_difficulty_figure_says_what_it_draws():
-    figure, text = words(figures.draw_difficulty, K=2)
+    figure, text = words(figures.draw_difficulty, ground=figures.ground_of_difficulty, K=2)
     assert "RLOO 0.250" in text
     assert "1.00 times the weight" in text
     ratio = figure.axes[1].lines[0].get_ydata()
@@ -93,7 +96,8 @@ def test_std_eps_at_its_default_tells_signal_from_rounding():
 
 def test_real_groups_are_counted_by_right_answers():
     rewards = torch.tensor([[[1.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])  # [steps, P, K]
-    figure, text = words(figures.draw_rollouts, rewards, 1)
+    ground = partial(figures.ground_of_rollouts, rewards=rewards)
+    figure, text = words(figures.draw_rollouts, rewards, 1, ground=ground)
     assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([0.25, 0.5, 0.25])
     assert "mean reward 0.50; dead groups 0.50 of 4" in text
     assert "equally hard: 0.50; all wrong 0.25, all right 0.25" in text

@@ -97,9 +97,9 @@ def test_part_marks_are_hacked_and_the_rule_watches(tmp_path):
 
 
 def test_the_figures_say_what_they_draw():
-    figure = Figure()
+    figures.ground_of_bradley_terry(figure := Figure())
     assert "probability 0.88" in figures.draw_bradley_terry(figure, 1.0, -1.0)
-    assert figure.axes[1].lines[1].get_ydata() == pytest.approx([math.log(1 + math.exp(-2))])
+    assert figure.axes[1].lines[-1].get_ydata() == pytest.approx([math.log(1 + math.exp(-2))])
     figure = Figure()
     hidden = torch.tensor([0.0, 0.0, 2.0])
     text = figures.draw_reward_model(figure, [0.7, 0.5], hidden, 3 * hidden + 1, 0.3)

@@ -75,21 +75,21 @@ def test_a_table_says_what_every_token_is(rollouts, tokenizer):
 
 def test_pictures_show_the_data(model, tokenizer, rollouts):
     names, logits = names_of(tokenizer), {"1+": lesson.next_logits(model, tokenizer, "1+")}
-    figure = Figure()
+    lesson.ground_of_distribution(figure := Figure())
     words = lesson.draw_distribution(figure, "1+", 0.7, 3, 1.0, logits=logits, names=names)
     plain, cut = (bars.datavalues for bars in figure.axes[0].containers)
     assert list(plain) == pytest.approx(logits["1+"].softmax(-1).sort(descending=True).values[:9].tolist())
     assert (cut > 0).sum() == 3
     assert "3 of 21 tokens kept" in words
 
-    figure = Figure()
-    words = lesson.draw_batch(figure, "token", 1.5, roll=lambda temperature: rollouts, names=names)
     rows, columns = rollouts.input_ids.shape
+    lesson.ground_of_batch(figure := Figure(), rows, columns)
+    words = lesson.draw_batch(figure, "token", 1.5, roll=lambda temperature: rollouts, names=names)
     assert f"{rows} rows of {columns} columns" in words
     assert len(figure.axes[0].texts) == rows * columns + 2
 
     for scorer, expected in (("as sampled", "0.0001: True"), ("plain softmax", "0.0001: False")):
-        figure = Figure()
+        lesson.ground_of_ratios(figure := Figure())
         words = lesson.draw_ratios(figure, 1.5, 1.0, scorer, roll=lambda temperature, top_p: rollouts, model=model)
-        assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == rollouts.completion_mask.sum()
+        assert figure.axes[0].patches[-1].get_data().values.sum() == pytest.approx(1)
         assert expected in words

@@ -59,7 +59,7 @@ def test_the_loop_by_hand_gives_the_trainers_numbers(two_runs):
 def test_the_loop_by_hand_gives_the_trainers_weights(two_runs):
     *_, by_hand, trained = two_runs
     for ours, theirs in zip(by_hand.parameters(), trained.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)  # rounding: the trainer reads each prompt once
 
 
 def test_the_four_completions_differ_and_earn_1_0_0_1(group):
@@ -90,7 +90,7 @@ def test_the_model_is_left_as_it_was(model_and_tokenizer, group):
 
 
 def test_the_bars_are_the_probabilities(group):
-    figure = Figure()
+    scratch.ground_of_group(figure := Figure(), group)
     words = scratch.draw_group(figure, group, "1, 0, 0, 1", 2)
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     history = group.probabilities["1, 0, 0, 1"]
