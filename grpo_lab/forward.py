@@ -1,6 +1,6 @@
 """One pass of the model over prompts and completions: what its last layer says before each completion token.
 
-The K completions of a prompt share one pass over it, and the head, whose logits are what takes the memory, is
+Completions of the same prompt share one pass over it, and the head, whose logits are what takes the memory, is
 left to the caller. Neither changes a number beyond rounding.
 """
 
@@ -19,7 +19,7 @@ GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that copy, so that
 
 
 def completion_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, *, num_generations: int = 1
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, *, share: bool = True
 ) -> tuple[Tensor, Head]:
     """The states from which each completion token is predicted, and the head that turns them into logits.
 
@@ -37,8 +37,7 @@ def completion_states(
     # The shift by one, here and nowhere else: the token at column s is predicted at column s - 1, so the first is
     # predicted by the end of the prompt, and what the last column predicts was never sampled.
     inputs = {name: columns[:, :-1] for name, columns in inputs.items()}
-    shared = num_generations > 1 and not _recomputes(model)
-    states = _after_shared_prompts(body, inputs, width, num_generations) if shared else None
+    states = _after_shared_prompts(body, inputs, width) if share and not _recomputes(model) else None
     if states is None:
         states = body(**inputs, use_cache=False, keep=num_tokens).states
     return states[:, -num_tokens:], head
@@ -48,6 +47,23 @@ def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     """[B, T, V] logits, position t predicting completion token t: all at once, for a closer look at a small model."""
     states, head = completion_states(model, input_ids, attention_mask, num_tokens)
     return head(states)
+
+
+def first_of_each(*columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are the same?
+
+    Args:
+        columns: integers [B, ...]; two rows are the same if they are in all of them.
+    Returns: [B] the number of each row among those that differ, and [D] where the first of each stands.
+
+    >>> first_of_each(torch.tensor([[7, 7], [1, 2], [7, 7]]))
+    (tensor([1, 0, 1]), tensor([1, 0]))
+    """
+    rows = torch.cat([column.flatten(1).long() for column in columns], 1)
+    _, number = rows.unique(dim=0, return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    first = places.new_full((int(number.max()) + 1,), len(rows)).scatter_reduce(0, number, places, "amin")
+    return number, first
 
 
 def position_ids(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -82,25 +98,24 @@ class _Output(NamedTuple):
     cache: object
 
 
-def _after_shared_prompts(body, inputs: dict[str, Tensor], width: int, num_generations: int) -> Tensor | None:
-    # Each prompt is read once, and its keys and values stand K times beside the completions. Where completions are
-    # short, prompts are most of the work. None if there is no cache through which a gradient flows: in recurrent
-    # models, and where activations are recomputed in backward.
+def _after_shared_prompts(body, inputs: dict[str, Tensor], width: int) -> Tensor | None:
+    # Each prompt is read once, and its keys and values stand beside all of its completions. Where completions are
+    # short, prompts are most of the work. None if all prompts differ, or if there is no cache through which a gradient
+    # flows: in recurrent models, and where activations are recomputed in backward.
     ids = inputs["input_ids"]
-    groups = ids[:, :width].unflatten(0, (-1, num_generations))
-    if not (groups == groups[:, :1]).all():
-        raise ValueError(f"every {num_generations} rows that follow one another must have the same prompt.")
-    prompts = body(**{name: x[::num_generations, :width] for name, x in inputs.items()}, use_cache=True, keep=1)
+    prompt_of, first = first_of_each(ids[:, :width], inputs["attention_mask"][:, :width])
+    if len(first) == len(ids):
+        return None
+    prompts = body(**{name: x[first, :width] for name, x in inputs.items()}, use_cache=True, keep=1)
     cache = prompts.cache
     if not isinstance(cache, DynamicCache) or not all(type(layer) in GROWING for layer in cache.layers):
         return None
-    rows = torch.arange(len(groups), device=ids.device).repeat_interleave(num_generations)
-    first = prompts.states[:, -1:].index_select(0, rows)
+    states = prompts.states[:, -1:].index_select(0, prompt_of)
     if ids.shape[1] == width:
-        return first
-    cache.reorder_cache(rows)
+        return states
+    cache.reorder_cache(prompt_of)
     rest = {name: x if name == "attention_mask" else x[:, width:] for name, x in inputs.items()}
-    return torch.cat([first, body(**rest, use_cache=True, past_key_values=cache, keep=0).states], 1)
+    return torch.cat([states, body(**rest, use_cache=True, past_key_values=cache, keep=0).states], 1)
 
 
 def _body_and_head(model: nn.Module) -> tuple[Callable[..., _Output], Head]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo_lab.forward import Head, completion_states
+from grpo_lab.forward import Head, completion_states, first_of_each
 from grpo_lab.logprobs import token_entropies, token_logprobs
 
 CHUNK_ELEMENTS = 2**24  # logits that exist at a time: 64 MiB in float32
@@ -17,8 +17,8 @@ class Scores(NamedTuple):
 
     logprobs: Tensor
     """[B, T] in nats, with gradient where the model has it."""
-    entropies: Tensor
-    """[B, T] in nats, without gradient."""
+    entropies: Tensor | None
+    """[B, T] in nats, without gradient; None if they were not wanted."""
 
 
 def completion_logprobs(
@@ -27,7 +27,7 @@ def completion_logprobs(
     attention_mask: Tensor,
     num_tokens: int,
     *,
-    num_generations: int = 1,
+    share: bool = True,
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> Tensor:
@@ -38,13 +38,15 @@ def completion_logprobs(
         input_ids: [B, S] rows of [left-padded prompt | right-padded completion].
         attention_mask: [B, S] 1 where a token is real.
         num_tokens: T, how many of the last columns are the completion; at least one column stands before.
-        num_generations: K, if every K rows that follow one another have the same prompt: it is then read once
-            for all of them, where the model can do that. 1 supposes nothing.
+        share: read a prompt once for all rows that begin with it, and rows that are the same once, where the model
+            can do that. Not where dropout is at work, which is to differ between rows.
         temperature, kept: as the tokens were sampled, see `token_logprobs`.
     Returns: [B, T] in nats; 0 at padding.
-    Raises: ValueError if there is no prompt, or if K rows have different ones.
+    Raises: ValueError if there is no prompt.
     """
-    return _scores(model, input_ids, attention_mask, num_tokens, num_generations, temperature, kept, None)
+    return _scores(
+        model, input_ids, attention_mask, num_tokens, share, temperature, kept, with_entropies=False
+    ).logprobs
 
 
 def completion_scores(
@@ -53,35 +55,36 @@ def completion_scores(
     attention_mask: Tensor,
     num_tokens: int,
     *,
-    num_generations: int = 1,
+    share: bool = True,
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> Scores:
     """`completion_logprobs`, and from the same logits how undecided the model was at each position."""
-    entropies: list[Tensor] = []
-    logprobs = _scores(model, input_ids, attention_mask, num_tokens, num_generations, temperature, kept, entropies)
-    return Scores(logprobs, _at(attention_mask[:, -num_tokens:].bool(), entropies))
+    return _scores(model, input_ids, attention_mask, num_tokens, share, temperature, kept, with_entropies=True)
 
 
-def _scores(
-    model, input_ids, attention_mask, num_tokens, num_generations, temperature, kept, entropies: list[Tensor] | None
-) -> Tensor:
-    states, head = completion_states(model, input_ids, attention_mask, num_tokens, num_generations=num_generations)
+def _scores(model, input_ids, attention_mask, num_tokens, share, temperature, kept, *, with_entropies: bool) -> Scores:
+    # A model that has found its few answers gives many of the K completions twice: each is scored once.
+    number, first = first_of_each(input_ids, attention_mask, *([] if kept is None else [kept]))
+    if not share or len(first) == len(input_ids):
+        number = first = torch.arange(len(input_ids), device=input_ids.device)
+    input_ids, attention_mask, kept = input_ids[first], attention_mask[first], None if kept is None else kept[first]
+    states, head = completion_states(model, input_ids, attention_mask, num_tokens, share=share)
+
     # Only real positions reach the head, some at a time, recomputed in backward: all logits, their copy in float32
     # and another in backward are what runs out of memory with a large vocabulary.
     real = attention_mask[:, -num_tokens:].bool()
-    states, tokens = states[real], input_ids[:, -num_tokens:][real]
+    states, tokens, kept = states[real], input_ids[:, -num_tokens:][real], None if kept is None else kept[real]
     size = max(1, CHUNK_ELEMENTS // getattr(head, "out_features", states.shape[-1]))
     chunks = range(0, len(tokens), size)
-    logprobs = []
+    logprobs, entropies = [], []
     for start in chunks:
         some = slice(start, start + size)
-        found = None if entropies is None else []
-        inputs = (head, states[some], tokens[some], None if kept is None else kept[real][some], temperature, found)
+        found: list[Tensor] | None = [] if with_entropies else None
+        inputs = (head, states[some], tokens[some], None if kept is None else kept[some], temperature, found)
         logprobs.append(checkpoint(_score, *inputs, use_reentrant=False) if len(chunks) > 1 else _score(*inputs))
-        if entropies is not None:
-            entropies += found
-    return _at(real, logprobs)
+        entropies += found or []
+    return Scores(_spread(logprobs, real)[number], _spread(entropies, real)[number] if with_entropies else None)
 
 
 def _score(head: Head, states: Tensor, tokens: Tensor, kept: Tensor | None, temperature: float, entropies) -> Tensor:
@@ -92,6 +95,6 @@ def _score(head: Head, states: Tensor, tokens: Tensor, kept: Tensor | None, temp
     return token_logprobs(logits, tokens, temperature=temperature, kept=kept)
 
 
-def _at(real: Tensor, parts: list[Tensor]) -> Tensor:
+def _spread(parts: list[Tensor], real: Tensor) -> Tensor:
     values = torch.cat(parts)
     return values.new_zeros(real.shape).masked_scatter(real, values)

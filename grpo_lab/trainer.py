@@ -351,8 +351,7 @@ class GRPOTrainer:
         """The one place that says how completions are scored: as they were sampled."""
         return score(
             model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
-            num_generations=self.config.num_generations_per_prompt,
-            temperature=self.config.temperature, kept=rollouts.kept,
+            share=self.config.disable_dropout, temperature=self.config.temperature, kept=rollouts.kept,
         )  # fmt: skip
 
     def _autocast(self) -> torch.autocast:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_architecture, tiny_model
-from test_scoring import Bigram, T, batch
+from test_scoring import Bigram, batch
 from torch import nn
 
 from grpo_lab import forward
@@ -18,17 +18,15 @@ MORE = {"mistral": {"sliding_window": 4}, "gemma2": {"sliding_window": 4}, "lfm2
 
 
 def rollouts(model):
-    """Completions of three prompts, two of them padded, with the gradient of everything that scoring gives."""
+    """Completions of three prompts, one of them padded."""
     uniforms = torch.rand(3 * K, 6, generator=torch.Generator().manual_seed(0))
-    input_ids, mask = left_pad([[5], [6, 7, 8], [9, 3, 4, 5, 6, 7, 8]], 0)
+    input_ids, mask = left_pad([[5], [6, 7, 8, 9, 3, 4, 5], [9, 3, 4, 5, 6, 7, 8]], 0)
     return sample(model, input_ids, mask, num_generations=K, uniforms=uniforms, end_ids=[1], pad_id=0)
 
 
-def scored(model, rows, num_generations):
+def scored(model, rows, *, share):
     model.zero_grad()
-    scores = completion_scores(
-        model, rows.input_ids, rows.attention_mask, rows.num_tokens, num_generations=num_generations
-    )
+    scores = completion_scores(model, rows.input_ids, rows.attention_mask, rows.num_tokens, share=share)
     scores.logprobs.square().sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return scores.logprobs.detach(), scores.entropies, gradient
@@ -38,37 +36,54 @@ def scored(model, rows, num_generations):
 def test_a_prompt_read_once_for_its_completions_is_as_good_as_read_with_each(name):
     model = tiny_architecture(name, **MORE.get(name, {}))
     rows = rollouts(model)
-    for shared, apart in zip(scored(model, rows, K), scored(model, rows, 1), strict=True):
+    for shared, apart in zip(scored(model, rows, share=True), scored(model, rows, share=False), strict=True):
         assert torch.allclose(shared, apart, rtol=1e-5, atol=1e-5 * apart.abs().max().item())
 
 
-def test_a_shared_prompt_is_read_once(model, monkeypatch):
-    rows, seen = rollouts(model), []
-    monkeypatch.setattr(
-        model.model.layers[0], "forward", spied(model.model.layers[0].forward, lambda x: seen.append(x.shape[:2]))
-    )
-    completion_logprobs(model, rows.input_ids, rows.attention_mask, rows.num_tokens, num_generations=K)
-    assert seen[-2:] == [(3, 7), (3 * K, rows.num_tokens - 1)]  # before them the model was asked for its head
+def passes(model, monkeypatch) -> list[tuple[int, int]]:
+    """The sizes of what the first layer is given, as it happens."""
+    seen, layer = [], model.model.layers[0]
+    forward.completion_states(model, torch.ones(1, 2).long(), torch.ones(1, 2).long(), 1)  # asked for its head
+    whole = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x, *a, **k: seen.append(tuple(x.shape[:2])) or whole(x, *a, **k))
+    return seen
+
+
+def test_a_shared_prompt_is_read_once_and_completions_that_are_the_same_are_too(model, monkeypatch):
+    rows, seen = rollouts(model), passes(model, monkeypatch)
+    order = torch.tensor([3, 0, 7, 7, 11, 0])  # two rows twice, and prompts apart from one another
+    some = rows.select(order)
+    values = completion_logprobs(model, some.input_ids, some.attention_mask, some.num_tokens)
+    assert seen == [(3, 7), (4, some.num_tokens - 1)]
+    whole = completion_logprobs(model, rows.input_ids, rows.attention_mask, rows.num_tokens, share=False)
+    assert seen[2:] == [(3 * K, 7 + rows.num_tokens - 1)]
+    assert torch.allclose(values, whole[order, : some.num_tokens], atol=1e-5)
+    assert torch.equal(values[2], values[3])
+
+
+def test_rows_that_could_have_drawn_other_tokens_are_not_the_same(model):
+    rows = rollouts(model).select(torch.tensor([0, 0]))
+    drawn = rows.completion_ids[..., None]
+    kept = torch.cat([drawn, torch.full_like(drawn, -1)], -1)
+    kept[1, :, 1] = drawn[1, :, 0] ^ 1  # two tokens could have been drawn here, there one
+    alone, among_two = completion_logprobs(model, rows.input_ids, rows.attention_mask, rows.num_tokens, kept=kept)
+    assert alone.abs().max() == 0
+    assert among_two.max() < 0
 
 
 def test_completions_of_one_token_need_the_prompt_alone(model):
     rows = rollouts(model)
     one = rows.input_ids[:, :8], rows.attention_mask[:, :8], 1
-    shared, apart = (completion_logprobs(model, *one, num_generations=n) for n in (K, 1))
+    shared, apart = (completion_logprobs(model, *one, share=share) for share in (True, False))
     assert torch.allclose(shared, apart, atol=1e-6)
-
-
-def test_rows_of_different_prompts_cannot_share_one(model):
-    with pytest.raises(ValueError, match="every 3 rows that follow one another must have the same prompt"):
-        completion_logprobs(model, *batch(), T, num_generations=3)
 
 
 def test_where_activations_are_recomputed_prompts_are_not_shared_and_the_gradient_is_the_same(model):
     rows = rollouts(model)
-    expected = scored(model, rows, K)
+    expected = scored(model, rows, share=True)
     enable_checkpointing(model)
     model.train()
-    for one, other in zip(scored(model, rows, K), expected, strict=True):
+    for one, other in zip(scored(model, rows, share=True), expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
@@ -83,14 +98,6 @@ def test_a_head_that_is_not_all_that_follows_the_body_is_not_taken_alone(name, a
     ).logits  # no padding on the left
     ours = completion_logits(model, rows.input_ids, rows.attention_mask, rows.num_tokens)[-1:]
     assert torch.allclose(ours, whole[:, -rows.num_tokens - 1 : -1], atol=1e-5)
-
-
-def spied(function, look):
-    def wrapper(hidden_states, *arguments, **settings):
-        look(hidden_states)
-        return function(hidden_states, *arguments, **settings)
-
-    return wrapper
 
 
 @pytest.mark.parametrize("num_tokens", [0, 12, 13])

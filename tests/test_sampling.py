@@ -46,7 +46,7 @@ def test_the_scorer_agrees_with_the_sampler(any_model, settings):
     lengths = rollouts.completion_mask.sum(1)
     assert lengths.min() < lengths.max()  # some rows ended early, so the cache was cut
     rows = (any_model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens)
-    again = completion_logprobs(*rows, temperature=settings["temperature"], kept=rollouts.kept)
+    again = completion_logprobs(*rows, temperature=settings["temperature"], kept=rollouts.kept, share=False)
     assert again.isfinite().all()
     assert (again - rollouts.logprobs).where(rollouts.completion_mask, 0.0).abs().max() < 1e-5
     assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
@@ -113,6 +113,23 @@ def test_other_numbers_give_other_completions_and_global_seeds_do_not_matter(mod
     torch.manual_seed(2)
     assert texts(first) == texts(draw(model))
     assert texts(first) != texts(other)
+
+
+def test_rows_that_are_equal_so_far_are_read_once(model, monkeypatch):
+    """Of twelve rows the even ones draw the same numbers throughout; the odd ones are on their own from the start."""
+    numbers, sizes, whole = uniforms(P * K), [], model.forward
+    numbers[::2] = numbers[0]
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, **rest: sizes.append(len(input_ids)) or whole(input_ids, **rest)
+    )
+    together = draw(model, numbers=numbers, ends=[])
+    monkeypatch.undo()
+    written = [(i // K, *ids) for i, ids in enumerate(texts(together))]
+    assert sizes == [P] + [len({row[: n + 1] for row in written}) for n in range(1, T)]
+    assert max(sizes) < P * K
+    apart = draw(model, [p for p in PROMPTS for _ in range(K)], numbers, k=1, ends=[])
+    assert texts(together) == texts(apart)
+    assert torch.allclose(together.logprobs, apart.logprobs, atol=1e-5)
 
 
 def test_the_completions_of_a_prompt_stand_together(model):

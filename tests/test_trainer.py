@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_architecture, tiny_model
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, trainer
 from grpo_lab.advantages import group_advantages
@@ -191,6 +191,15 @@ def test_the_whole_gradient_of_the_first_update_is_reinforce(tmp_path):
     expected = torch.autograd.grad(total, list(run.model.parameters()))
     norm = torch.cat([g.flatten() for g in expected]).norm().item()
     assert run.update(batch)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("disable_dropout", [True, False])
+def test_where_dropout_is_at_work_no_two_rows_share_it(tmp_path, disable_dropout):
+    run = make_trainer(tmp_path, model=tiny_architecture("gpt2"), disable_dropout=disable_dropout)
+    rollouts = run.collect([0]).parts[0].rollouts.select(torch.tensor([0, 0]))
+    run.model.train()
+    one, other = run._score_under(run.model, rollouts, trainer.completion_logprobs)
+    assert torch.equal(one, other) == disable_dropout
 
 
 def test_every_rollout_draws_numbers_of_its_own(tmp_path):

@@ -124,9 +124,9 @@ BUGS: dict[str, Bug] = {
     ),
     "entropy": Bug(
         "what is logged as entropy is -log p of the sampled tokens",
-        "scoring.completion_scores",
-        "return Scores(logprobs, _at(attention_mask[:, -num_tokens:].bool(), entropies))",
-        "return Scores(logprobs, -logprobs.detach())",
+        "scoring._scores",
+        "_spread(entropies, real)[number] if",
+        "-_spread(logprobs, real)[number].detach() if",
         "Every number would be that of the healthy run, digit for digit, except one curve: entropy.",
         "Compute the metric from its definition for one batch. Of one token, entropy lies between 0 and log "
         "V; -log p has no upper end.",
