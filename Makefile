@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test lab lint mutants notebooks badges
+.PHONY: demo test lab lint mutants bench notebooks badges
 
 demo: .venv/demo
 	$(BIN)/grpo-lab train --output-dir demo_output --overwrite-output-dir
@@ -24,6 +24,13 @@ lint: .venv/test
 # some twenty minutes, Linux only: every mutant that two tools make of the mathematics and the rewards
 mutants: .venv/test .venv/mutants
 	PYTHONPATH=$(CURDIR)/.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/tool.py
+
+# our steps beside TRL's, half an hour: benchmarks/results/speed-*.json and a picture each
+bench: .venv/test
+	$(BIN)/python benchmarks/speed.py pocket --rounds 7
+	$(BIN)/python benchmarks/speed.py pocket --switches --rounds 5
+	$(BIN)/python benchmarks/speed.py 25M 135M --rounds 3
+	$(BIN)/python benchmarks/speed.py growth --rounds 1
 
 # the learner's notebooks from notebooks/solutions/, all run anew
 notebooks: .venv/test

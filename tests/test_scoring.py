@@ -9,6 +9,7 @@ from conftest import tiny_model
 from torch import nn
 
 from grpo_lab import scoring
+from grpo_lab.lessons.hardware import kept_for_backward
 from grpo_lab.pocket.make import make_tokenizer
 from grpo_lab.sampling import left_pad
 from grpo_lab.scoring import completion_logprobs, completion_scores
@@ -129,6 +130,13 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes
     assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
     assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
     assert torch.allclose(gradient, chunked_gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_the_memory_of_a_score_does_not_grow_with_the_vocabulary(monkeypatch):
+    """What is kept for backward, weights aside, when logits no longer fit into one chunk."""
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 2**16)
+    kept = [kept_for_backward(tiny_model(vocab_size=size), 32, 4, 12) for size in (1000, 150_000)]
+    assert kept[1] == pytest.approx(kept[0], rel=0.1)
 
 
 def test_entropies_are_not_computed_again_in_backward(monkeypatch):
