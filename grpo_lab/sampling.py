@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from grpo_lab.forward import accepts, position_ids
+from grpo_lab.decoding import decoder
 from grpo_lab.logprobs import token_logprobs, truncate
 
 
@@ -173,25 +173,10 @@ def sample(
     kept_steps: list[Tensor] = []
     lengths = torch.full((rows,), longest, device=device)
 
-    last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=True,
-        **position_ids(model, attention_mask),
-        **last,
-    )
-    cache = getattr(output, "past_key_values", None)
-    if not hasattr(cache, "reorder_cache"):
-        raise ValueError(f"{type(model).__name__} keeps no cache that can be repeated: it cannot be sampled from.")
-    # Rows that are equal so far have one place in the cache between them: the K rows of a prompt at first, and longer
-    # where a model has few answers. (Of the pocket model's 256 rows 141 differ at the start, 40 after twenty steps.)
-    places, mask = output.logits[:, -1], attention_mask
     active = torch.arange(rows, device=device)  # the rows still being written
-    place = active // num_generations  # of each of them
-
+    model_says = decoder(model, input_ids, attention_mask, num_generations, longest)
     for step in range(longest):
-        logits = places[place]
+        logits = model_says.logits[model_says.place]
         kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         chosen = pick(logits, uniforms[active, step], temperature=temperature, kept=kept)
         tokens[active, step] = chosen
@@ -209,19 +194,8 @@ def sample(
         lengths[active[finished]] = step + 1
         if finished.all() or step + 1 == longest:
             break
-        going = ~finished
-        active = active[going]
-        extended, place = torch.unique(place[going] * logits.shape[1] + chosen[going], return_inverse=True)
-        parents, last_ids = extended // logits.shape[1], extended % logits.shape[1]
-        if not torch.equal(parents, torch.arange(len(mask), device=device)):
-            cache.reorder_cache(parents)  # known, unlike the cache's other methods, to recurrent and hybrid models too
-            mask = mask[parents]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = {name: p[:, -1:] for name, p in position_ids(model, mask).items()}
-        output = model(
-            input_ids=last_ids[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **last
-        )
-        places = output.logits[:, -1]
+        model_says.advance(~finished, chosen)
+        active = active[~finished]
 
     width = int(lengths.max())
     columns = torch.arange(width, device=device)

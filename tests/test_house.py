@@ -15,10 +15,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_lab"
 FLOORS = [
     {"logprobs", "advantages", "kl", "losses", "rewards"},  # mathematics, and the reading of answers
-    {"data", "forward", "sampling", "scoring", "reward_models", "adapters", "batches"},  # prompts and models
+    {
+        "data",
+        "forward",
+        "decoding",
+        "sampling",
+        "scoring",
+        "reward_models",
+        "adapters",
+        "batches",
+    },  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer", "interop"},  # the run here, and the same elsewhere
-    {"pocket", "checks"},
+    {"pocket", "judge"},
+    {"checks"},
     {"widgets", "lessons"},
     {"cli", "train_grpo"},
 ]
