@@ -16,6 +16,7 @@ Prints a table; writes benchmarks/results/speed-NAME.json (or --output) and a pi
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -36,7 +37,7 @@ SHAPES = {
     "growth": (256, 2, 4, 2, 512, 1000),
 }
 WORK: dict[str, dict] = {
-    "pocket": {"prompts": 32, "K": 8, "new_tokens": 16, "steps": 12, "threads": 1},
+    "pocket": {"prompts": 32, "K": 8, "new_tokens": 16, "steps": 30, "threads": 1},
     "25M": {"prompts": 4, "K": 8, "prompt_tokens": 48, "new_tokens": 32, "steps": 3, "threads": 0},
     "135M": {"prompts": 2, "K": 8, "prompt_tokens": 48, "new_tokens": 32, "steps": 2, "threads": 0},
     "0.5B": {"prompts": 8, "K": 8, "prompt_tokens": 128, "new_tokens": 256, "steps": 5, "threads": 0, "cuda": True},
@@ -49,7 +50,8 @@ GROWTH = {
     "vocabulary": ("vocabulary", (1000, 8000, 50000, 150000)),
 }
 GROWTH_WORK = {"prompts": 4, "K": 8, "prompt_tokens": 32, "new_tokens": 16, "steps": 3, "threads": 1}
-SWITCHES = ("sharing in training", "sharing in sampling", "own sampler", "idle groups skipped", "one thread")
+SWITCHES = ("sharing in training", "sharing in sampling", "own sampler", "own sampler, static cache instead",
+            "idle groups skipped", "one thread")  # fmt: skip
 BETA = 0.02
 
 
@@ -119,8 +121,15 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
         learning_rate=6e-4 if name == "pocket" else 1e-5, warmup_steps=0, max_steps=work["steps"] + 2, save_steps=10**6,
         logging_steps=10**6, output_dir=f"{folder}/{library}", overwrite_output_dir=True, device=device,
     )  # fmt: skip
-    seconds, generating, tokens = (ours if library == "ours" else trl)(
-        model, tokenizer, prompts, reward, config, off, work["steps"]
+    judged: list[tuple[float, float]] = []
+
+    def watched(prompts, completions, **columns):
+        rewards = reward(prompts, completions)
+        judged.append((time.perf_counter(), statistics.mean(rewards)))
+        return rewards
+
+    began, seconds, generating, tokens = (ours if library == "ours" else trl)(
+        model, tokenizer, prompts, watched, config, off, work["steps"]
     )
     body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     head = model.lm_head.weight.numel()
@@ -134,10 +143,19 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
         "step": statistics.median(seconds),
         "tokens_per_second": tokens / sum(generating),
         "sampling": statistics.median(generating),
+        # until the mean reward of five steps is 0.8, the first step and whatever precedes it included
+        "seconds_to_80": next(
+            (at - began for (at, _), *five in _windows(judged) if statistics.mean(r for _, r in five) >= 0.8), math.inf
+        ),
         "limit": arithmetic / rate(device),
         "peak_gib": peak / 2**30,
         "weights_gib": (body + head) * 4 / 2**30,
     }
+
+
+def _windows(judged: list[tuple[float, float]]):
+    for i in range(4, len(judged)):
+        yield judged[i], *judged[i - 4 : i + 1]
 
 
 def ours(model, tokenizer, prompts, reward, config, off, steps):
@@ -154,8 +172,9 @@ def ours(model, tokenizer, prompts, reward, config, off, steps):
     if off == "sharing in sampling":  # prompts, and rows that are the same so far
         plain, K = run.sample, config.num_generations_per_prompt
         run.sample = lambda prompts, uniforms, _: plain([p for p in prompts for _ in range(K)], uniforms, 1)
-    if off == "own sampler":
-        run.sample = lambda prompts, uniforms, K: generated(run, prompts, uniforms, K)
+    if off.startswith("own sampler"):
+        how = {"cache_implementation": "static"} if "static" in off else {}
+        run.sample = lambda prompts, uniforms, K: generated(run, prompts, uniforms, K, how)
     generating, tokens, sample = [], [], run.sample
 
     def timed(*arguments):
@@ -166,15 +185,15 @@ def ours(model, tokenizer, prompts, reward, config, off, steps):
         return rollouts
 
     run.sample = timed
-    ends = []
+    ends, began = [], time.perf_counter()
     for _ in run.steps():
         ends.append(time.perf_counter())
         if len(ends) == steps + 1:
             break
-    return [b - a for a, b in itertools.pairwise(ends)], generating[1:], sum(tokens[1:])
+    return began, [b - a for a, b in itertools.pairwise(ends)], generating[1:], sum(tokens[1:])
 
 
-def generated(run, prompts, uniforms, K):
+def generated(run, prompts, uniforms, K, how):
     """What transformers' generate makes of the same prompts."""
     import torch
 
@@ -186,7 +205,7 @@ def generated(run, prompts, uniforms, K):
     with torch.no_grad():
         whole = run.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=uniforms.shape[1],
-            eos_token_id=run.end_ids, pad_token_id=run.pad_id,
+            eos_token_id=run.end_ids, pad_token_id=run.pad_id, **how,
         )  # fmt: skip
     drawn = whole[:, ids.shape[1] :]
     ends = torch.isin(drawn, torch.tensor(run.end_ids))
@@ -223,8 +242,9 @@ def trl(model, tokenizer, prompts, reward, config, off, steps):
         return result
 
     run._generate_single_turn = timed
+    began = time.perf_counter()
     run.train()
-    return [b - a for a, b in itertools.pairwise(ends)], generating[1:], sum(tokens[1:])
+    return began, [b - a for a, b in itertools.pairwise(ends)], generating[1:], sum(tokens[1:])
 
 
 def rate(device: str) -> float:
@@ -270,11 +290,22 @@ def in_turn(jobs: list[tuple[str, str, str]], rounds: int) -> dict[str, dict]:
 
 def table(results: dict[str, dict]) -> str:
     """The results as text."""
-    lines = [f"{'':44}{'s/step':>9}{'low':>9}{'high':>9}{'tokens/s':>10}{'limit s':>9}{'share':>7}{'peak GiB':>10}"]
+    heads = {
+        "s/step": 9,
+        "low": 9,
+        "high": 9,
+        "tokens/s": 10,
+        "limit s": 9,
+        "share": 7,
+        "peak GiB": 10,
+        "s to 80 %": 11,
+    }
+    lines = [" " * 44 + "".join(f"{head:>{width}}" for head, width in heads.items())]
     for job, row in results.items():
         lines.append(
             f"{job:44}{row['step']:9.3f}{row['step_low']:9.3f}{row['step_high']:9.3f}{row['tokens_per_second']:10.0f}"
             f"{row['limit']:9.3f}{row['limit'] / row['step']:7.0%}{row['peak_gib']:10.2f}"
+            + (f"{row['seconds_to_80']:11.1f}" if math.isfinite(row["seconds_to_80"]) else f"{'-':>11}")
         )
     return "\n".join(lines)
 
@@ -347,7 +378,8 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "trl": trl.__version__}  # fmt: skip
     about = {"date": time.strftime("%Y-%m-%d"), "device": device, "versions": versions, "rounds": arguments.rounds}
-    path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    finite = {job: {k: v if math.isfinite(v) else None for k, v in row.items()} for job, row in results.items()}
+    path.write_text(json.dumps(about | {"results": finite}, indent=1) + "\n")
     draw(results, path.with_suffix(".png"))
 
 

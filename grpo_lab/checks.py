@@ -9,264 +9,24 @@ A setting such as `temperature` is tried only if the function takes it. A functi
 group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1e-4 is added to it
 >>> group_advantages(lambda rewards: rewards - rewards.mean(1, keepdim=True))
 [not yet] group_advantages: you subtract the mean, but divide by nothing.
-    rewards   [[1, 0, 0, 1]]
-    expected  [[0.8659, -0.8659, -0.8659, 0.8659]]    got  [[0.5, -0.5, -0.5, 0.5]]
+    rewards   [[1, 0, 0, 1], [1, 0, 0, 0]]
+    expected  [[0.8659, -0.8659, -0.8659, 0.8659], [1.5, -0.4999, -0.4999, -0.4999]]
+    got       [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]]
     hint      Each row is a world of its own: take its mean away, then measure what is left in units of its own spread.
 """
 
-import html
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from grpo_lab import advantages, kl, logprobs, losses, rewards
+from grpo_lab.judge import COLOURS, Case, Judge, UnreadableError, Verdict, keywords, read, show
 
-COLOURS = {"ok": "#0072b2", "not yet": "#d55e00", "to do": "#767676"}  # Okabe and Ito's; the words say it too
-UNWRITTEN = "not written yet."
-AS_GOOD = (torch.float32, torch.float64, torch.bool)  # where float32 is expected; half precision has three digits
+__all__ = ["COLOURS", "Case", "Judge", "Verdict"]  # and the judges
 
-
-@dataclass(frozen=True, repr=False)
-class Verdict:
-    """What a judge says; truthy when all is right. It shows itself as text, and in a notebook as HTML."""
-
-    judge: str
-    state: str
-    """One of "ok", "not yet", "to do"."""
-    message: str
-    hint: str = ""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """The smallest failing input, by name."""
-    compared: dict[str, str] = field(default_factory=dict)
-    """What was expected and what came."""
-
-    def __bool__(self) -> bool:
-        return self.state == "ok"
-
-    def __repr__(self) -> str:
-        rows = self.inputs | self.compared | {"hint": self.hint}
-        width = max(map(len, rows))
-        lines = [f"    {name:{width}}  {text}" for name, text in rows.items() if text]
-        n, pair = len(self.inputs), list(self.compared.items())
-        beside = "    ".join([*lines[n : n + 1], *(f"{name}  {text}" for name, text in pair[1:])])
-        if pair and len(beside) <= 110:
-            lines[n : n + len(pair)] = [beside]
-        return "\n".join([f"[{self.state}] {self.judge}: {self.message}", *lines])
-
-    def _repr_html_(self) -> str:
-        def cells(tag: str, texts: Iterable[str]) -> str:
-            return "".join(f"<{tag}>{html.escape(text)}</{tag[:2]}>" for text in texts)
-
-        inputs = "".join(f"<tr>{cells('th scope=row', [k])}{cells('td', [v])}</tr>" for k, v in self.inputs.items())
-        pair = f"<tr>{cells('th scope=col', self.compared)}</tr><tr>{cells('td', self.compared.values())}</tr>"
-        tables = f"<table>{inputs}</table><table>{pair}</table>" if self.compared else ""
-        title = f"<strong>[{self.state}] {html.escape(self.judge)}</strong>: {html.escape(self.message)}"
-        style = f"border-left:4px solid {COLOURS[self.state]};padding:4px 10px"
-        return f'<div role="status" style="{style}">{title}{tables}<div>{html.escape(self.hint)}</div></div>'
-
-
-class Case:
-    """One question: what must hold, the arguments in order (lists become tensors, tuples lists), and settings."""
-
-    def __init__(self, says: str, *inputs, atol: float = 1e-5, **settings):
-        self.says, self.inputs, self.atol, self.settings = says, inputs, atol, settings
-
-
-class Answer(NamedTuple):
-    """What a function made of a case."""
-
-    value: Tensor | None = None
-    gradient: Tensor | None = None
-    problem: str = ""
-    """Why there is no value."""
-
-
-@dataclass(frozen=True, repr=False)
-class Judge:
-    """Call it with the learner's function; printed, it says what it expects."""
-
-    contract: str
-    """The signature, and what matters beside it."""
-    reference: Callable
-    cases: tuple[Case, ...]
-    """From the simplest to the trickiest."""
-    diagnoses: dict[str, Callable]
-    """What to say -> the wrong version that deserves it."""
-    hint: str
-    gradient: bool = False
-    """Must a gradient reach the first argument?"""
-    adapt: Callable = lambda fn: fn
-    """Makes of a function, the learner's too, one that takes a case's arguments and returns a tensor."""
-
-    def __repr__(self) -> str:
-        return self.contract
-
-    def __call__(self, fn: Callable) -> Verdict:
-        """Ok, not yet or to do? Never raises."""
-        name = self.contract.partition("(")[0]
-        if not callable(fn):
-            what = f"hand over the function itself, without calling it; this is of type {type(fn).__name__}."
-            return Verdict(name, "not yet", what, self.contract)
-        known = {setting for case in self.cases for setting in case.settings}
-        skipped = sorted(known - _keywords(fn, dict.fromkeys(known), {}).keys())
-        cases = [case for case in self.cases if not case.settings.keys() & skipped]
-        if not cases:
-            return Verdict(name, "not yet", f"your function takes no {' and no '.join(skipped)}.", self.contract)
-
-        for case in cases:
-            right, got = self._ask(self.reference, case), self._ask(fn, case)
-            if got.problem == UNWRITTEN and case is cases[0]:
-                return Verdict(name, "to do", UNWRITTEN, self.contract)
-            wrong = _difference(right, got, case)
-            if wrong:
-                likely = self._diagnose(fn, cases, case) if got.value is not None else None
-                names = inspect.signature(self.adapt(self.reference)).parameters
-                values = dict(zip(names, case.inputs, strict=False)) | case.settings
-                shown = {n: _show(_fresh(value)) for n, value in values.items()}
-                return Verdict(name, "not yet", likely or wrong, self.hint, shown, _compared(right, got, case))
-        without = f" (without {', '.join(skipped)})" if skipped else ""
-        return Verdict(name, "ok", f"all {len(cases)} cases are right{without}.")
-
-    def _ask(self, fn: Callable, case: Case) -> Answer:
-        inputs = [_fresh(value) for value in case.inputs]
-        known = inspect.signature(self.reference).parameters
-        settings = {k: _fresh(v) for k, v in _keywords(fn, case.settings, known).items()}
-        leaf = inputs[0]
-        try:
-            with torch.enable_grad():
-                if self.gradient:
-                    inputs[0] = leaf.requires_grad_().clone()  # a leaf itself cannot be changed in place
-                before = _show([inputs, *settings.values()], 17)
-                value = self.adapt(fn)(*inputs, **settings)
-                if value is None or value is ...:
-                    return Answer(problem=UNWRITTEN)
-                value = _tensor(value)
-                if _show([inputs, *settings.values()], 17) != before:
-                    return Answer(problem="you change an input in place: make a new tensor instead.")
-                if not self.gradient:
-                    return Answer(value.detach().cpu())
-                # an answer that does not depend on the input may well be a plain number: its gradient is 0
-                slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
-                return Answer(value.detach().cpu(), torch.zeros_like(leaf) if slope is None else slope)
-        except _UnreadableError as error:
-            return Answer(problem=f"your answer must be {error}.")
-        except Exception as error:  # a wrong answer is feedback, not a crash
-            text = " ".join(str(error).split())[:300]
-            # PyTorch raises this too, where an operation lacks a type: "... not implemented for 'Bool'"
-            if isinstance(error, NotImplementedError) and "implemented for" not in text:
-                return Answer(problem=UNWRITTEN)
-            return Answer(problem=f"your function raises {type(error).__name__}" + (f": {text}" if text else "."))
-
-    def _diagnose(self, fn: Callable, cases: list[Case], failing: Case) -> str | None:
-        # A wrong version explains the failure if it answers as the learner does there, and nothing refutes it: nowhere
-        # else is it wrong and the learner right. Of several, the one that agrees with the learner most often is named.
-        best, most = None, 0
-        asked = [(case, self._ask(self.reference, case), self._ask(fn, case)) for case in cases]
-        for sentence, version in self.diagnoses.items():
-            if not _same(self._ask(version, failing), asked[cases.index(failing)][2], failing):
-                continue
-            wrong = [self._ask(version, case) for case in cases]
-            agrees = sum(_same(w, got, case) for w, (case, _, got) in zip(wrong, asked, strict=True))
-            refuted = any(
-                same(got, right, case) and not same(w, right, case) and not w.problem
-                for w, (case, right, got) in zip(wrong, asked, strict=True)
-                for same in (_same, _same_value)
-            )
-            if agrees > most and not refuted:
-                best, most = sentence if agrees == len(cases) else f"perhaps {sentence}", agrees
-        return best and f"{best}."
-
-
-def _keywords(fn: Callable, settings: dict, known: Mapping[str, inspect.Parameter]) -> dict:
-    # the settings that a function takes, and what else it insists on: for that there are the known defaults
-    try:
-        taken = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return {}
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        return settings
-    insisted = [k for k, p in taken.items() if p.default is p.empty and k in known and known[k].default is not p.empty]
-    return {k: known[k].default for k in insisted} | {k: v for k, v in settings.items() if k in taken}
-
-
-def _difference(right: Answer, got: Answer, case: Case) -> str:
-    # the first thing that is wrong, "" if nothing is
-    value, expected = got.value, right.value
-    if got.problem:
-        return got.problem if got.problem != UNWRITTEN else f"nothing comes back here. What must hold: {case.says}."
-    if value.shape != expected.shape:
-        return f"your answer has the shape {list(value.shape)}, expected {list(expected.shape)}."
-    types = AS_GOOD if expected.is_floating_point() else (torch.bool,)
-    if value.dtype not in types:
-        return f"your answer has the type {value.dtype}, expected {types[0]}."
-    if not _close(value, expected, case):
-        finite = "" if value.isfinite().all() else "your answer is not finite. "
-        return f"{finite}What must hold: {case.says}."
-    if _same(right, got, case):
-        return ""
-    if not got.gradient.any():
-        return "the value is right, but no gradient reaches the first argument: it was detached, or made a number."
-    return f"the value is right, but its gradient is not. What must hold: {case.says}."
-
-
-def _compared(right: Answer, got: Answer, case: Case) -> dict[str, str]:
-    if got.value is None:
-        return {"expected": _show(right.value)}
-    slope = right.gradient is not None and _close(right.value, got.value, case)
-    pair, of = ((right.gradient, got.gradient), " gradient") if slope else ((right.value, got.value), "")
-    digits = next((d for d in (4, 6) if _show(pair[0], d) != _show(pair[1], d)), 9)
-    return {f"expected{of}": _show(pair[0], digits), f"got{of}": _show(pair[1], digits)}
-
-
-def _close(a: Tensor, b: Tensor, case: Case) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=case.atol, equal_nan=True)
-
-
-def _same_value(a: Answer, b: Answer, case: Case) -> bool:
-    return a.problem == b.problem and (a.value is None or _close(a.value, b.value, case))
-
-
-def _same(a: Answer, b: Answer, case: Case) -> bool:
-    return _same_value(a, b, case) and (a.gradient is None or _close(a.gradient, b.gradient, case))
-
-
-class _UnreadableError(Exception):
-    pass
-
-
-def _tensor(value) -> Tensor:
-    # lists of numbers or of tensors are as good as tensors; a number that Python made is a float
-    value = getattr(value, "loss", value)
-    if isinstance(value, Tensor):
-        return value.to_dense()
-    try:
-        if isinstance(value, list | tuple) and any(isinstance(v, list | tuple | Tensor) for v in value):
-            return torch.stack([_tensor(v) for v in value])
-        tensor = torch.tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise _UnreadableError(f"a tensor or lists of numbers, not {_show(value)[:80]}") from None
-    return tensor if tensor.dtype == torch.bool else tensor.double()
-
-
-def _fresh(value):
-    if isinstance(value, Tensor):
-        return value.clone()
-    return torch.tensor(value) if isinstance(value, list) else list(value) if isinstance(value, tuple) else value
-
-
-def _show(value, digits: int = 4) -> str:
-    value = value.tolist() if isinstance(value, Tensor) else value
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_show(v, digits) for v in value) + "]"
-    return f"{value + 0.0:.{digits}g}" if isinstance(value, float) else repr(value)
-
-
-# --- The judges. Behind each sentence stands the wrong version that deserves it.
+# Behind each sentence stands the wrong version that deserves it.
 
 _lp, _adv, _gain, _kl = logprobs.token_logprobs, advantages.group_advantages, losses.clipped_surrogate, kl.kl_estimate
 _mean, _top = losses.aggregate, logprobs.truncate
@@ -315,6 +75,9 @@ token_logprobs = Judge(
         "you add up the tokens, but each must keep its own number": lambda *a, **s: _lp(*a, **s).sum(1),
         "you return the raw logits: nothing makes the probabilities sum to 1": _chosen(lambda z: z),
         "you normalise over the positions, not over the vocabulary": _chosen(lambda z: z.log_softmax(1)),
+        "you look every token up at every position: pick one number for each token, with gather": _scored(
+            lambda z, x: z.log_softmax(-1)[:, :, x]
+        ),
         "you score the likeliest token, not the chosen one": _scored(lambda z, x: z.log_softmax(-1).amax(-1)),
         "you shift by one, but position t predicts tokens[:, t] already": _scored(
             lambda z, x: _lp(z[:, :-1], x[:, 1:])
@@ -327,6 +90,73 @@ token_logprobs = Judge(
         "you multiply by the temperature": lambda z, x, temperature=1.0, **s: _lp(z * temperature, x, **s),
         "you divide after the softmax": lambda z, x, temperature=1.0, **s: _lp(z, x, **s) / temperature,
         "you count tokens that the sampler had cut away": lambda z, x, kept=None, **s: _lp(z, x, **s),
+    },
+)
+
+
+def _others(rewards: Tensor) -> Tensor:
+    return (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+
+
+baseline = Judge(
+    contract="baseline(rewards[P, K]) -> [P, K]: for each completion the mean reward of the K - 1 others of its prompt",
+    reference=_others,
+    hint="The others' sum is the sum of the row less oneself. Over which axis does the sum run, and does it keep it?",
+    cases=(
+        Case("of two, each is measured by the other", [[1.0, 0.0], [0.0, 4.0]]),
+        Case("the reward that is judged does not count", [[1.0, 0.0, 0.0, 1.0]]),
+        Case("each row is a group of its own", [[1.0, 0.0, 0.0, 1.0], [5.0, 9.0, 5.0, 5.0]]),
+        Case("where all rewards are equal, that is the baseline", [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]),
+    ),
+    diagnoses={
+        "you return the advantages: here only the baseline is asked for": lambda r: r - _others(r),
+        "your mean holds the very reward that is judged": lambda r: r.mean(1, keepdim=True).expand_as(r),
+        "your mean is that of all rewards, not of each group": lambda r: r.mean().expand_as(r),
+        "you leave one out of all rewards, not of each group": lambda r: (r.sum() - r) / (r.numel() - 1),
+        "you average over the prompts, not in each group": lambda r: r.mean(0).expand_as(r),
+        "you leave one out of the prompts, not of the group": lambda r: (r.sum(0) - r) / (len(r) - 1),
+        "your sum has lost its column: keepdim=True": lambda r: (r.sum(1) - r) / (r.shape[1] - 1),
+        "your mean has lost its column: keepdim=True": lambda r: r.mean(1).expand_as(r),
+        "you add up the others, but their mean is asked for": lambda r: r.sum(1, keepdim=True) - r,
+        "you divide by K, but the others are K - 1": lambda r: (r.sum(1, keepdim=True) - r) / r.shape[1],
+        "you leave the division by K - 1 to the sum only": lambda r: r.sum(1, keepdim=True) / (r.shape[1] - 1) - r,
+        "you return the rewards as they came": lambda r: r.clone(),
+    },
+)
+
+
+def _reinforce(sign=-1.0, rank=lambda r: r - _others(r), of=lambda lp: lp, mean=torch.mean) -> Callable:
+    return lambda lp, rewards: sign * mean(rank(rewards) * of(lp))
+
+
+_DRAWN = _log([0.5, 0.25], [0.25, 0.5])
+reinforce_loss = Judge(
+    contract="reinforce_loss(logprobs[P, K], rewards[P, K]) -> scalar to be minimised: minus the mean of advantage"
+    " times log-probability, the advantage being the reward less the mean of the K - 1 others",
+    reference=_reinforce(),
+    gradient=True,
+    hint="Its gradient by a log-probability is -A / (P K): a positive advantage must make the loss fall.",
+    cases=(
+        Case("the loss is minus the mean of A log pi", _DRAWN[:1], [[1.0, 0.0]]),
+        Case("equal rewards push nothing", _DRAWN[:1], [[1.0, 1.0]]),
+        Case("an offset of all rewards changes nothing", _DRAWN[:1], [[11.0, 10.0]]),
+        Case("each row is a group of its own", _DRAWN, [[1.0, 0.0], [0.0, 3.0]]),
+        Case("the others are K - 1", _log([0.5, 0.3, 0.1, 0.1]), [[1.0, 0.0, 0.0, 1.0]]),
+    ),
+    diagnoses={
+        "your sign is flipped: the optimizer walks down, good words must go up": _reinforce(sign=1.0),
+        "you leave the baseline out": _reinforce(rank=lambda r: r),
+        "you weigh by the baseline, not by the reward less the baseline": _reinforce(rank=_others),
+        "you use probabilities, not their logarithms": _reinforce(of=torch.exp),
+        "you add up, but the mean is asked for": _reinforce(mean=torch.sum),
+        "your baseline is the group's mean, with oneself in it": _reinforce(rank=lambda r: r - r.mean(1, keepdim=True)),
+        "your baseline is the mean of all rewards": _reinforce(rank=lambda r: r - r.mean()),
+        "you take the baseline from the product: it must be taken from the reward": lambda lp, r: (
+            -(r * lp - _others(r)).mean()
+        ),
+        "your baseline is made of log-probabilities, and its gradient counts too": lambda lp, r: (
+            -(r * lp - _others(r * lp)).mean()
+        ),
     },
 )
 
@@ -362,6 +192,7 @@ completion_mask = Judge(
         "you cut at the last end token, not at the first": lambda x, e: (
             _ends(x, e).flip(1).cumsum(1).flip(1).bool() | ~_ends(x, e).any(1, keepdim=True)
         ),
+        "you drop the padding id only: what follows the end need not be padding": lambda x, e: x != 0,
         "you look for one of the end ids only": lambda x, e: _until_end(x, e[:1]),
         "you look for an end where there is none: argmax of all False is 0": lambda x, e: (
             torch.arange(x.shape[1]) <= _ends(x, e).long().argmax(1, keepdim=True)
@@ -380,7 +211,8 @@ group_advantages = Judge(
     reference=_adv,
     hint="Each row is a world of its own: take its mean away, then measure what is left in units of its own spread.",
     cases=(
-        Case("the mean of a group becomes 0, its spread 1", [[1.0, 0.0, 0.0, 1.0]], atol=3e-4),  # std_eps comes later
+        # std_eps comes later
+        Case("the mean of a group becomes 0, its spread 1", [[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]], atol=3e-4),
         Case("better than the group is positive, below zero too", [[-30.0, -10.0, -25.0]]),
         Case("each row is a group of its own", [[10.0, 0.0, 0.0, 10.0], [50.0, 90.0, 50.0, 50.0]]),
         Case("a group whose rewards are all equal gets 0", [[1.0, 1.0]]),
@@ -398,7 +230,12 @@ group_advantages = Judge(
         "your mean and std are those of all rewards, not of each group": lambda r: (r - r.mean()) / (r.std() + 1e-4),
         "your std is that of all rewards, not of each group": _group(lambda r, m, s: (r - m) / (r.std() + 1e-4)),
         "your mean is that of all rewards, not of each group": _group(lambda r, m, s: (r - r.mean()) / (s + 1e-4)),
-        "you compare down the columns, but a group is a row": lambda r: (r - r.mean(0)) / (r.std(0, False) + 1e-4),
+        "you average over the prompts, not in each group": lambda r: (r - r.mean(0)) / (r.std(0) + 1e-4),
+        "your mean or std has lost its column: keepdim=True": lambda r: (r - r.mean(1)) / (r.std(1) + 1e-4),
+        "a bracket is missing: the mean is taken away before you divide": _group(lambda r, m, s: r - m / (s + 1e-4)),
+        "a bracket is missing: std_eps is added to the std, not to the quotient": _group(
+            lambda r, m, s: (r - m) / s + 1e-4
+        ),
         "you compare with the others only, not with the whole group": lambda r: _adv(r, baseline="leave-one-out"),
         "you divide 0 by 0: nothing keeps the division finite": _group(lambda r, m, s: (r - m) / s),
         "your std_eps is inside the root": _group(lambda r, m, s: (r - m) / (s**2 + 1e-4).sqrt()),
@@ -407,10 +244,15 @@ group_advantages = Judge(
 )
 
 
-def _clip(formula: Callable, masked: Callable = lambda gain, mask: gain.where(mask, 0.0), early=True) -> Callable:
+def _ratio(lp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    return (lp - old).where(mask, 0.0).exp()
+
+
+def _clip(formula: Callable, masked: Callable = lambda gain, mask: gain.where(mask, 0.0), early=True,
+          ratio: Callable = _ratio) -> Callable:  # fmt: skip
     # formula: of the unclipped gain, the clipped one, the ratio, the advantages and eps
     def gain(lp, old, adv, mask, clip_range=0.2):
-        c, A = (lp - old).where(mask | (not early), 0.0).exp(), adv[:, None]
+        c, A = ratio(lp, old, mask | (not early)), adv[:, None]
         return masked(formula(c * A, c.clamp(1 - clip_range, 1 + clip_range) * A, c, A, clip_range), mask)
 
     return gain
@@ -418,6 +260,10 @@ def _clip(formula: Callable, masked: Callable = lambda gain, mask: gain.where(ma
 
 def _least(u, v, *_) -> Tensor:
     return torch.minimum(u, v)
+
+
+def _mean_of_row(lp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    return ((lp - old).where(mask, 0.0).sum(1, True) / mask.sum(1, True).clamp(min=1)).expand_as(lp)
 
 
 clipped_surrogate = Judge(
@@ -446,6 +292,8 @@ clipped_surrogate = Judge(
         "your clip has no upper end": _clip(lambda u, v, c, A, e: _least(u, c.clamp(min=1 - e) * A)),
         "your ratio is upside down: it is new over old": lambda p, old, *a, **s: _gain(-p, -old, *a, **s),
         "your ratio lacks its exp": _clip(lambda u, v, c, A, e: _least(c.log() * A, c.log().clamp(1 - e, 1 + e) * A)),
+        "you divide logarithms: subtract, then exp": _clip(_least, ratio=lambda lp, old, m: (lp / old).where(m, 1.0)),
+        "you take one ratio for the whole row: that is GSPO": _clip(_least, ratio=lambda *a: _mean_of_row(*a).exp()),
         "you clip the logarithm of the ratio": _clip(lambda u, v, c, A, e: _least(u, c.log().clamp(-e, e).exp() * A)),
         "you clip around 0, not around 1": _clip(lambda u, v, c, A, e: _least(u, c.clamp(-e, e) * A)),
         "your sign is flipped: here larger is better": _clip(lambda u, v, *_: -_least(u, v)),
@@ -537,7 +385,7 @@ aggregate = Judge(
 
 def _loss(gain=_gain, kl_of=_kl, mean=_mean, sign=-1.0, beta=lambda kl_coef: kl_coef) -> Callable:
     def loss(lp, old, adv, mask, *, ref_logprobs=None, kl_coef=0.0, clip_range=0.2):
-        objective = gain(lp, old, adv, mask, **_keywords(gain, {"clip_range": clip_range}, {}))
+        objective = gain(lp, old, adv, mask, **keywords(gain, {"clip_range": clip_range}, {}))
         if kl_coef:
             objective = objective - beta(kl_coef) * kl_of(lp, ref_logprobs, mask)
         return sign * mean(objective, mask)
@@ -547,14 +395,16 @@ def _loss(gain=_gain, kl_of=_kl, mean=_mean, sign=-1.0, beta=lambda kl_coef: kl_
 
 _NEW, _OLD, _FAR = _log([0.5, 0.3], [0.4, 0.5]), _log([0.25, 0.5], [0.5, 0.5]), _log([0.25, 0.25], [0.25, 0.25])
 _TWO_ROWS, _EMPTY, _OFF = _log([0.5], [0.5]), [[True], [False]], {"ref_logprobs": _QUARTER, "kl_coef": 0.0}
+_UNTOUCHED = "without kl_coef there is no reference: do not touch ref_logprobs then"
 grpo_loss = Judge(
-    contract="grpo_loss(logprobs[B, T], old_logprobs[B, T], advantages[B], mask[B, T], *, ref_logprobs, kl_coef,"
-    " clip_range=0.2) -> scalar to be minimised (or an object whose .loss it is)",
+    contract="grpo_loss(logprobs[B, T], old_logprobs[B, T], advantages[B], mask[B, T], *, ref_logprobs=None,"
+    " kl_coef=0.0, clip_range=0.2) -> scalar to be minimised (or an object whose .loss it is)",
     reference=losses.grpo_loss,
     gradient=True,
     hint="You have the pieces: token by token the gain minus kl_coef times KL, then one mean, then the sign.",
     cases=(
         *(Case(c.says, *c.inputs, **c.settings | _OFF) for c in clipped_surrogate.cases[:6]),
+        Case("without kl_coef the gain is all", _HALF, _HALF, [3.0], _YES, kl_coef=0.0, stumbles=_UNTOUCHED),
         Case("KL makes the loss larger", _HALF, _HALF, [0.0], _YES, ref_logprobs=_QUARTER, kl_coef=0.5),
         Case("rows count the same", _NEW, _NEW, [1.0, -3.0], _SHORT_LONG, ref_logprobs=_FAR, kl_coef=0.0),
         Case("the pieces work together", _NEW, _OLD, [1.0, -3.0], _SHORT_LONG, ref_logprobs=_FAR, kl_coef=0.5),
@@ -567,7 +417,15 @@ grpo_loss = Judge(
         "your KL carries no gradient": _loss(kl_of=lambda lp, ref, mask: _kl(lp.detach(), ref, mask)),
         "your loss has no KL term": _loss(beta=lambda kl_coef: 0.0),
         "you ignore kl_coef": _loss(beta=lambda kl_coef: 1.0),
-        "your KL is that to the old policy": lambda p, q, *a, ref_logprobs, **s: _loss()(p, q, *a, ref_logprobs=q, **s),
+        "your KL is upside down and without gradient: the policy comes first": _loss(
+            kl_of=lambda lp, ref, mask: _kl(ref, lp, mask)
+        ),
+        "your ratio is always 1: it must compare with old_logprobs": lambda lp, old, *a, **s: _loss()(
+            lp, lp.detach(), *a, **s
+        ),
+        "your KL is that to the old policy": lambda p, q, *a, ref_logprobs=None, **s: _loss()(
+            p, q, *a, ref_logprobs=q, **s
+        ),
         **{sentence: _loss(gain=wrong) for sentence, wrong in clipped_surrogate.diagnoses.items()},
         **{sentence: _loss(kl_of=wrong) for sentence, wrong in kl_estimate.diagnoses.items()},
         **{sentence: _loss(mean=wrong) for sentence, wrong in aggregate.diagnoses.items()},
@@ -587,7 +445,7 @@ def _kept(fn: Callable) -> Callable:
             return torch.ones_like(logits, dtype=torch.bool)
         if answer is None or answer is ...:
             return answer
-        answer, vocabulary = _tensor(answer), torch.arange(logits.shape[-1])
+        answer, vocabulary = read(answer), torch.arange(logits.shape[-1])
         if answer.dtype == torch.bool:
             return answer
         for t in (1.0, settings.get("temperature", 1.0)):
@@ -597,7 +455,7 @@ def _kept(fn: Callable) -> Callable:
         counts = (answer.unsqueeze(-1) == vocabulary).sum(-2) if answer.ndim else answer
         known = (answer == -1) | (answer.unsqueeze(-1) == vocabulary).any(-1)
         if counts.shape != logits.shape or counts.max() > 1 or not known.all():
-            raise _UnreadableError(f"ids (-1 for padding), a mask, or logits with -inf where cut, not {_show(answer)}")
+            raise UnreadableError(f"ids (-1 for padding), a mask, or logits with -inf where cut, not {show(answer)}")
         return counts > 0
 
     return mask
@@ -652,13 +510,19 @@ truncate = Judge(
 )
 
 
-def _countdown(numbers=lambda used, given: used == given, value=lambda got, target: got == target) -> Callable:
+def _countdown(numbers=lambda used, given: used == given, value=lambda got, target: got == target, order=sorted,
+               none=lambda got: got is None) -> Callable:  # fmt: skip
     def one(prompt, completion):
         given, target = prompt.rstrip("=").split(":")
-        given, got = sorted(map(int, given.split(","))), rewards.evaluate_expression(completion)
-        return float(got is not None and value(got[0], int(target)) and numbers(got[1], given))
+        given, got = order(map(int, given.split(","))), rewards.evaluate_expression(completion)
+        return 0.0 if none(got) else float(bool(value(got[0], int(target)) and numbers(got[1], given)))
 
     return lambda prompts, completions: list(map(one, prompts, completions))
+
+
+def _unpacked(got) -> bool:
+    _value, _used = got
+    return False
 
 
 reward = Judge(
@@ -669,6 +533,9 @@ reward = Judge(
         Case("an expression that uses each number once and hits the target earns 1", ("3,5,7:22=",), ("3*5+7",)),
         Case("another value than the target earns 0", ("3,5,7:22=",), ("3*5-7",)),
         Case("the order is free, and brackets are allowed", ("1,2,3:9=",), ("3*(2+1)",)),
+        Case("the prompt's numbers may stand in any order too", ("7,5,3:22=",), ("3*5+7",)),
+        Case("0 is a target like any other", ("3,4,7:0=",), ("3+4-7",)),
+        Case("-2 is not 2", ("2,3,7:2=",), ("2+3-7",)),
         Case("the bare target uses none of the numbers", ("3,5,7:22=",), ("22",)),
         Case("each number must be used", ("3,5,7:15=",), ("3*5",)),
         Case("a number that is given twice must be used twice", ("3,3,5:8=",), ("3+5",)),
@@ -693,6 +560,11 @@ reward = Judge(
         "you compare sets, which forget how often": _countdown(numbers=lambda used, given: set(used) == set(given)),
         "you let numbers be left out": _countdown(numbers=lambda used, given: set(used) <= set(given)),
         "you let numbers be used that were not given": _countdown(numbers=lambda used, given: set(used) >= set(given)),
+        "you compare with the prompt's numbers unsorted; evaluate_expression sorts those used": _countdown(order=list),
+        "you take the value 0 for no value": _countdown(value=lambda got, target: got and got == target),
+        "you forget the sign": _countdown(value=lambda got, target: abs(got) == target),
+        "evaluate_expression returns None for what is no expression": _countdown(none=lambda got: got[0] is None),
+        "evaluate_expression returns None, and no pair, for what is no expression": _countdown(none=_unpacked),
         "you cut off fractions": _countdown(value=lambda got, target: int(got) == target),
         "you judge all completions by the first prompt": lambda p, c: _countdown()(p[:1] * len(c), c),
     },
@@ -711,30 +583,52 @@ class _Policy(nn.Module):
         return self.weights.expand(*tokens.shape, -1)
 
 
+class _Asked:
+    """The policy as notebook 07 hands it over: a function from tokens to logits, and nothing else."""
+
+    def __init__(self, policy: _Policy):
+        self.policy = policy
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.policy(tokens)
+
+    def __getattr__(self, name: str):
+        raise AttributeError("model is only a function here; empty the gradients through optimizer")
+
+
 def _weights_after(fn: Callable) -> Callable:
     def play(weights, gradient, tokens, mask, rewards, old_logprobs, **s):
-        model = _Policy(weights)
-        model.weights.grad = gradient.clone()
-        result = fn(model, torch.optim.SGD([model.weights], lr=1.0), tokens, mask, rewards, old_logprobs, **s)
-        return result if model.calls == 0 and (result is None or result is ...) else model.weights.detach()
+        policy = _Policy(weights)
+        policy.weights.grad = gradient.clone()
+        optimizer = torch.optim.SGD([policy.weights], lr=1.0)
+        result = fn(_Asked(policy), optimizer, tokens, mask, rewards, old_logprobs, **s)
+        return result if policy.calls == 0 and (result is None or result is ...) else policy.weights.detach()
 
     return play
 
 
-def _step(order="zero_grad backward step", rank=_adv, loss=_loss(), old_of=lambda lp, old: old) -> Callable:  # noqa: B008
-    def step(model, optimizer, tokens, mask, rewards, old_logprobs):
-        lp = _lp(model(tokens), tokens)
-        value = loss(lp, old_of(lp, old_logprobs), rank(rewards).flatten(), mask)
-        for do in order.split():
-            value.backward() if do == "backward" else getattr(optimizer, do)()
+def _flat(rewards: Tensor) -> Tensor:
+    return _adv(rewards).flatten()
+
+
+def _step(order="zero_grad backward step", rank=_flat, loss=_loss(), old_of=lambda lp, old: old, score=_lp,  # noqa: B008
+          times=1, penalty=True) -> Callable:  # fmt: skip
+    def step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_logprobs=None, kl_coef=0.0):
+        for _ in range(times):
+            lp = score(model(tokens), tokens)
+            settings = {"ref_logprobs": ref_logprobs, "kl_coef": kl_coef} if penalty else {}
+            value = loss(lp, old_of(lp, old_logprobs), rank(rewards), mask, **settings)
+            for do in order.split():
+                value.backward() if do == "backward" else getattr(optimizer, do)()
 
     return step
 
 
 _TWO = [0.0, 0.0], [0.0, 0.0], [[0], [1]], [[True]] * 2, [[10.0, 0.0]]
 training_step = Judge(
-    contract="training_step(model, optimizer, tokens[B, T], mask[B, T], rewards[P, K], old_logprobs[B, T]): one update,"
-    " clip_range 0.2, no KL; model(tokens) -> logits [B, T, V], position t predicts tokens[:, t]; return what you like",
+    contract="training_step(model, optimizer, tokens[B, T], mask[B, T], rewards[P, K], old_logprobs[B, T],"
+    " ref_logprobs=None, kl_coef=0.0): one update, clip_range 0.2; model(tokens) -> logits [B, T, V], position t"
+    " predicts tokens[:, t]; return what you like",
     reference=_step(),
     adapt=_weights_after,
     hint="Log-probabilities, advantages, loss; then the lines of every PyTorch step. What must be empty before them?",
@@ -748,15 +642,26 @@ training_step = Judge(
         Case("the ratio compares with the policy that sampled", [0.5, 0.0], *_TWO[1:], _log([0.6], [0.4])),
         Case("what has moved far enough is clipped, and nothing else", [1.0, 0.0], _TWO[1],
              [[0], [0], [1], [1]], [[True]] * 4, [[10.0, 0.0, 0.0, 10.0]], _log([0.604], [0.4], [0.34], [0.6])),
+        Case("the KL pulls towards the reference, even where all rewards are equal", *_TWO[:4], [[1.0, 1.0]],
+             _log([0.5], [0.5]), ref_logprobs=_log([0.9], [0.1]), kl_coef=0.5),
     ),
     diagnoses={
+        "advantages are [P, K], the loss wants [B]: flatten": _step(rank=_adv, loss=_loss(gain=_clip(_least))),
         "the weights do not move: no step after backward, or a ratio without gradient": _step("backward"),
+        "the weights do not move: your ratio has no gradient": _step(loss=_loss(
+            gain=lambda lp, old, *a, **s: _gain(lp - lp, old - old, *a, **s)
+        )),
         "the gradients of an earlier step are still there": _step("backward step"),
         "you make two steps": _step("zero_grad backward step step"),
-        "you use the rewards as they are, not compared within the group": _step(rank=lambda r: r),
-        "you compare with all completions, not within the group": _step(rank=lambda r: _adv(r.view(1, -1))),
-        "you do not divide the advantages by the std of the group": _step(rank=lambda r: _adv(r, scale="none")),
-        "your advantages are in another order than the completions": _step(rank=lambda r: _adv(r).T),
+        "you update twice": _step(times=2),
+        "your step drops the KL: hand ref_logprobs and kl_coef on to grpo_loss": _step(penalty=False),
+        "you score with probabilities, not with their logarithms": _step(score=lambda *a: _lp(*a).exp()),
+        "you use the rewards as they are, not compared within the group": _step(rank=lambda r: r.flatten()),
+        "you compare with all completions, not within the group": _step(rank=lambda r: _flat(r.view(1, -1))),
+        "you do not divide the advantages by the std of the group": _step(
+            rank=lambda r: _adv(r, scale="none").flatten()
+        ),
+        "your advantages are in another order than the completions": _step(rank=lambda r: _adv(r).T.flatten()),
         "your ratio is always 1: it must compare with old_logprobs": _step(old_of=lambda lp, old: lp.detach()),
         **{sentence: _step(loss=wrong) for sentence, wrong in grpo_loss.diagnoses.items() if "KL" not in sentence},
     },

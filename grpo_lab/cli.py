@@ -1,4 +1,4 @@
-"""The command line: `grpo-lab train` and what it prints.
+"""The command line: `grpo-lab train`, `plot` and `doctor`, and what they print.
 
 Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
 they are needed, so that `--help` answers at once.
@@ -115,6 +115,29 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")  # fmt: skip
     _add_settings(train.add_argument_group("settings", "defaults are those of GRPOConfig; a preset may change them"))
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw several runs in one picture",
+        description="Draw several runs in one picture. Folders side by side that differ in -seed0, -seed1, … are seeds "
+        "of one run: their mean, and shaded the range from the lowest to the highest.",
+    )
+    plot.set_defaults(command=plot_command)
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="an output folder of train, or a recorded run")
+    plot.add_argument("--output", default="comparison.png", metavar="FILE.png", help="default: comparison.png")
+    plot.add_argument("--metrics", nargs="+", metavar="NAME", help="default: reward kl entropy completions/mean_length")
+    plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would stop or slow a run on this machine",
+        description="Look for what would stop or slow a run on this machine: packages, device, memory, threads, disk, "
+        "Hub, widgets, and whether the pocket model works. Exit status 1 if a run would stop.",
+    )
+    doctor.set_defaults(command=doctor_command)
+    folder = GRPOConfig.output_dir
+    doctor.add_argument("--output-dir", default=folder, help=f"the folder a run would write to (default: {folder})")
+    doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -161,8 +184,7 @@ def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
 
 def train_command(options: argparse.Namespace) -> int:
     """Load, show three completions and the accuracy, train, show them again."""
-    if empty := [name for name, value in vars(options).items() if value == ""]:
-        raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Is a variable of the shell not set?")
+    _refuse_empty(options)
     config, source = make_config(options)  # before anything slow: a mistake in a flag is answered at once
     # Threads that wait must not spin: where another program wants a core, a spinning one keeps it from those that work
     # (measured on two cores, one of them wanted: 2 to 5 times slower). It is read when PyTorch is loaded.
@@ -187,6 +209,51 @@ def train_command(options: argparse.Namespace) -> int:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
     return 0
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    if empty := [name for name, value in vars(options).items() if value == ""]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Is a variable of the shell not set?")
+
+
+def plot_command(options: argparse.Namespace) -> int:
+    """Draw the runs, and say in words what was drawn."""
+    _refuse_empty(options)
+    if "" in options.runs:
+        raise ValueError("the name of a run is empty. Is a variable of the shell not set?")
+    if Path(options.output).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--output must end in .png, .svg or .pdf, got {options.output!r}.")
+    from grpo_lab.comparison import DEFAULT_METRICS, comparison_figure, logged, read_runs, summary
+
+    runs = read_runs(options.runs)
+    there = logged(runs)
+    metrics = list(dict.fromkeys(options.metrics or [name for name in DEFAULT_METRICS if name in there]))
+    if not metrics:
+        raise ValueError(f"none of {', '.join(DEFAULT_METRICS)} is in these runs. --metrics takes {', '.join(there)}.")
+    figure = comparison_figure(runs, metrics)
+    try:
+        figure.savefig(options.output, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {options.output} ({error.strerror}). Name another file: --output.") from None
+    print(summary(runs, metrics))
+    if missing := [name for name in DEFAULT_METRICS if not options.metrics and name not in metrics]:
+        print(f"Not drawn, because no run has it: {', '.join(missing)}")
+    print(f"Written to {options.output}: {', '.join(metrics)}")
+    return 0
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Print one row for each thing looked at, below it the cure if it needs one; 1 if something would stop a run."""
+    _refuse_empty(options)
+    from grpo_lab.doctor import examine
+
+    problems = []
+    for row in examine(Path(options.output_dir)):
+        cure = f"\n{'':19} → {row.cure}" if row.cure else ""
+        print(f"{row.state:8} {row.name:10} {row.words}{cure}", flush=True)
+        problems += [row.name] if row.stops else []
+    print(f"\nA run would stop: {', '.join(problems)}." if problems else "\nNothing here stops a run.")
+    return 1 if problems else 0
 
 
 def make_trainer(options: argparse.Namespace, config: GRPOConfig):

@@ -39,7 +39,8 @@ class GRPOConfig:
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW; 5e-7 to 5e-6 for models of a billion parameters, more for small ones."""
     batch_size: int = 4
-    """Prompts per micro-batch: how many groups are sampled and scored at a time. The knob for memory."""
+    """Prompts per micro-batch where completions are as long as they may be, more where they are short. The knob for
+    memory."""
     num_epochs: int = 3
     """Times that every prompt is used."""
     gradient_accumulation_steps: int = 4

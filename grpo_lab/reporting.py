@@ -142,7 +142,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figure":
     """Reward, KL, entropy and length against the step, from the rows of metrics.jsonl.
 
-    Faint: each row; strong: the mean of it and its neighbours. Made without pyplot, so that nothing is shown
+    Faint: each row; strong: the mean of it and its neighbours; shaded: how far rewards within a group lie from their
+    mean, cut at 0 and 1 where rewards seem to be shares. Made without pyplot, so that nothing is shown
     or kept open; `figure.savefig(path)` writes it.
     """
     from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figu
     _curve(reward, rows, "frac_reward_zero_std", COLOURS["zero_std"], "share of groups that teach nothing", "--")
     reward.set(title="Reward", ylabel="reward; share of groups")
     if reward.lines:
-        reward.legend(frameon=False)
+        figure.legend(*reward.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _curve(kl, rows, "kl", COLOURS["kl"])
     kl.set(title="KL to the reference", ylabel="nats per token")
     if rows and not any("kl" in row for row in rows):
@@ -224,18 +225,19 @@ def completions_table(rows: Sequence[Mapping[str, Any]], tokenizer=None) -> str:
     """
     names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
     names = names if len(names) > 1 else []  # one reward is the reward
-    head = ["prompt", "completion", "reward", *names, "advantage"]
+    text, number = "padding:2px 2em 2px 0; text-align:left", "padding:2px 1em; text-align:right"
+    head = {"prompt": text, "completion": text, **dict.fromkeys(("reward", *names, "advantage"), number)}
     lines = []
     for row in rows:
         parts = [row["rewards"].get(name) for name in names]
         cells = [
-            f"<td style='text-align:left'><code>{_text(row['prompt'])}</code></td>",
-            f"<td style='text-align:left'><code>{_completion(row, tokenizer)}</code></td>",
-            *(f"<td>{'' if value is None else f'{value:.2f}'}</td>" for value in (row["reward"], *parts)),
-            f"<td style='background:{_shade(row['advantage'] / 2)}'>{row['advantage']:+.2f}</td>",
+            f"<td style='{text}'><code>{_text(row['prompt'])}</code></td>",
+            f"<td style='{text}'><code>{_completion(row, tokenizer)}</code></td>",
+            *(f"<td style='{number}'>{'' if v is None else f'{v:.2f}'}</td>" for v in (row["reward"], *parts)),
+            f"<td style='{number}; background:{_shade(row['advantage'] / 2)}'>{row['advantage']:+.2f}</td>",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    titles = "".join(f"<th style='{style}'>{html.escape(title)}</th>" for title, style in head.items())
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -285,6 +287,9 @@ def _band(panel, rows, name: str, spread: str, colour: str, label: str) -> None:
         return
     middle, width = (running_mean([row[key] for row in points]) for key in (name, spread))
     low, high = ([m + sign * w for m, w in zip(middle, width, strict=True)] for sign in (-1, 1))
+    # no two numbers between 0 and 1 have an std (n - 1) above 0.71
+    if all(0 <= row[name] <= 1 and row[spread] < 0.71 for row in points):
+        low, high = [max(0.0, y) for y in low], [min(1.0, y) for y in high]
     panel.fill_between([row["step"] for row in points], low, high, color=colour, alpha=0.12, linewidth=0, label=label)
 
 

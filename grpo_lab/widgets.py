@@ -4,21 +4,26 @@ Whatever is shown here also shows itself where no widget runs (GitHub, nbviewer,
 words with rounded numbers, which is what the tests of the notebooks compare.
 """
 
+import ast
 import base64
 import html
+import inspect
 import io
+import re
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ipywidgets
 import numpy as np
-from IPython.display import HTML, display
+from IPython.display import HTML, Markdown, display
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 
 from grpo_lab.reporting import JsonLines, completions_table, progress_bar, training_figure
 
@@ -51,21 +56,43 @@ def slider(label: str, low: float, high: float, value: float, step: float = 1) -
 
     control.observe(show, "value")
     field.observe(move, "value")
-    return _row(control, field)
+    return _row(partial(slider, label, low, high, step=step), control, field)
 
 
 def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
     """Buttons of which one is pressed."""
     control = ipywidgets.ToggleButtons(
-        options=list(options), value=value or options[0], description=label,
-        style={"description_width": "initial", "button_width": "auto"}, layout=ipywidgets.Layout(width="max-content"),
+        options=list(options), value=value or options[0], style={"button_width": "auto"},
+        layout=ipywidgets.Layout(width="max-content"),
     )  # fmt: skip
-    return _row(control)
+    return _row(partial(choice, label, options), control, ipywidgets.Label(label))  # its own label would stand above
 
 
-def _row(control, field=None) -> ipywidgets.Box:
-    row = ipywidgets.HBox([field, control] if field else [control], layout=ipywidgets.Layout(margin="0 24px 0 0"))
-    row.control = control
+def steps(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
+    """A slider over ordered words or numbers that are not evenly spaced, beside a list with its name and their names.
+
+    The list is what a screen reader finds, as the field is beside `slider`.
+    """
+    settings = {"options": list(options), "value": value or options[0]}
+    control = ipywidgets.SelectionSlider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
+    field = ipywidgets.Dropdown(**settings, description=label, style={"description_width": "initial"},
+                                layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
+
+    def show(change) -> None:
+        field.value = change.new
+
+    def move(change) -> None:
+        control.value = change.new
+
+    control.observe(show, "value")
+    field.observe(move, "value")
+    return _row(partial(steps, label, options), control, field)
+
+
+def _row(anew: Callable[..., ipywidgets.Box], control, field) -> ipywidgets.Box:
+    layout = ipywidgets.Layout(margin="0 24px 0 0", align_items="center")
+    row = ipywidgets.HBox([field, control], layout=layout)
+    row.control, row.anew = control, anew
     return row
 
 
@@ -79,7 +106,8 @@ class _Controlled:
             if hasattr(control, "continuous_update"):
                 control.continuous_update = continuous
             control.observe(lambda _: self._update(), "value")
-        rows = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        layout = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
+        rows = ipywidgets.HBox(list(controls.values()), layout=layout)
         self.widget = ipywidgets.VBox([rows, view])
         self._update()
 
@@ -116,17 +144,26 @@ class Explorer(_Controlled):
     >>> explorer.K.value = 16
     >>> explorer
     K = 16
+    >>> explorer.at(K=32), explorer
+    (K = 32, K = 16)
     """
 
     def __init__(self, draw: Callable[..., str], *, ground: Callable[[Figure], None] | None = None, size=(8.0, 3.4),
                  continuous: bool = True, **controls):  # fmt: skip
         self._draw, self._size, self._stage = draw, size, None
+        self._again = partial(Explorer, draw, ground=ground, size=size, continuous=continuous)
+        self._rows = controls
         if ground is not None:
             ground(figure := Figure(size, SCREEN_DPI))
             self._stage = _Stage(figure)
         self._image = ipywidgets.HTML()
         self._words = ipywidgets.HTML()
         super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
+
+    def at(self, **values) -> "Explorer":
+        """A fresh one, at these values and else at the present ones: what has been shown stays as it was shown."""
+        now = self.values | values
+        return self._again(**{name: self._rows[name].anew(value=value) for name, value in now.items()})
 
     def _update(self) -> None:
         # a new figure is made sooner than an old one is cleared
@@ -206,10 +243,45 @@ def img_tag(picture: bytes, alt: str, figure: Figure) -> str:
     return f'<img width="{width}" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
+def _png_with_words(figure: Figure, text: str) -> bytes:
+    # Where there is a picture a front end shows no text/plain; so the words stand below it, within the PNG.
+    width = figure.get_figwidth()
+    columns = int(13.2 * width)  # of DejaVu Sans Mono at 9 points, and a margin
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns, subsequent_indent="  ",
+                                                                          drop_whitespace=False) or [""]]  # fmt: skip
+    below = Figure((width, 0.16 + 0.163 * len(lines)))
+    below.text(0.09 / width, 1, "\n".join(lines), va="top", family="monospace", fontsize=9, linespacing=1.25,
+               parse_math=False)  # fmt: skip
+    pixels = [imread(io.BytesIO(png(part, PRINT_DPI))) for part in (figure, below)]
+    file = io.BytesIO()
+    imsave(file, np.vstack([rows[..., :3] for rows in pixels]), format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def _picture(figure: Figure, text: str, more: Mapping[str, Any] | None = None) -> tuple[dict, dict]:
-    data = base64.b64encode(png(figure, PRINT_DPI)).decode()
+    data = base64.b64encode(_png_with_words(figure, text)).decode()
     size = {"width": round(figure.get_figwidth() * SCREEN_DPI), "alt": text}
     return {"text/plain": text, "image/png": data, **(more or {})}, {"image/png": size}
+
+
+def show_source(*functions: Callable, when: object = True) -> Markdown:
+    """The code of functions as it is in the package, without docstrings and notes to our tools.
+
+    when: if this is false, such as the verdict on the learner's own, only a line that it will come.
+    """
+    if not when:
+        return Markdown("The package's own appears here when yours is right.")
+    return Markdown("```python\n" + "\n\n\n".join(map(_code, functions)) + "\n```")
+
+
+def _code(function: Callable) -> str:
+    source = textwrap.dedent(inspect.getsource(function))
+    lines = source.splitlines()
+    (definition,) = ast.parse(source).body
+    if ast.get_docstring(definition):
+        text = definition.body[0]
+        del lines[text.lineno - 1 : text.end_lineno]
+    return "\n".join(re.sub(r"  # (fmt: skip|noqa.*)$", "", line) for line in lines)
 
 
 def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: int = 8) -> Iterator[Record]:
@@ -219,7 +291,7 @@ def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: 
         records: `trainer.steps()`, or anything with `.metrics` and `.completions`.
         total: how many will come.
         seconds: between two pictures; drawing one takes about a fifth of a second.
-        rows: completions in the table.
+        rows: completions in the table; groups that teach something come first.
     """
     history: list[Mapping[str, Any]] = []
     began = shown = time.perf_counter()
@@ -230,7 +302,7 @@ def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: 
         if curves is None or now - shown >= seconds or len(history) == total:
             left = (now - began) / len(history) * (total - len(history))
             picture = Picture(training_figure(history), _state(history, total))
-            words = HTML(progress_bar(len(history), total, left) + completions_table(record.completions[:rows]))
+            words = HTML(progress_bar(len(history), total, left) + completions_table(_telling(record)[:rows]))
             if curves is None:
                 curves, table = display(picture, display_id=True), display(words, display_id=True)
             else:
@@ -238,6 +310,11 @@ def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: 
                 table.update(words)
             shown = time.perf_counter()
         yield record
+
+
+def _telling(record) -> list[Mapping[str, Any]]:
+    groups = sorted(_by_prompt(record.completions), key=lambda group: not any(row["advantage"] for row in group))
+    return [row for group in groups for row in group]
 
 
 def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:

@@ -60,8 +60,12 @@ def test_it_runs_and_its_sliders_answer(lab, path):
     if has_sliders(path):
         sliders = page.get_by_role("slider")
         assert sliders.count() > 0
-        for index in range(sliders.count()):
-            it_answers(page, sliders.nth(index), with_a_picture=index == 0)
+        it_answers(page, sliders.first, with_a_picture=True)
+        median = milliseconds_to_answer(page, sliders.first)
+        (SHOTS / f"{path.stem}-milliseconds.txt").write_text(f"{median:.0f} from a key to a new picture, the median\n")
+        assert median < 1000  # a tenth of it where nothing else runs: what was measured is in the file
+        for index in range(1, sliders.count()):
+            it_answers(page, sliders.nth(index), with_a_picture=False)
         sliders.first.scroll_into_view_if_needed()
         page.wait_for_function(IDLE)
         page.wait_for_timeout(300)  # the last picture is on its way
@@ -81,8 +85,8 @@ VIEW = """slider => {
   const box = slider.closest('.jp-OutputArea-output');
   return box.querySelector('img')?.src ?? box.innerText;
 }"""
-# the field beside a slider, which the kernel fills in
-FIELD = """slider => slider.closest('.widget-hbox').querySelector('input').value"""
+# the field or the list beside a slider, which the kernel fills in
+FIELD = """slider => slider.closest('.widget-hbox').querySelector('input, select').value"""
 
 
 def wait_for_change(page, handle, what: str, before: str, **settings) -> None:
@@ -115,22 +119,16 @@ def it_answers(page, slider, *, with_a_picture: bool) -> None:
         wait_for_change(page, handle, VIEW, view)
 
 
-def test_the_k_slider_answers_at_once(lab):
-    page, address, token, _ = lab
-    open_and_run(page, address, token, "notebooks/04_group_advantages.ipynb")
-    slider = page.get_by_role("slider").first
+def milliseconds_to_answer(page, slider, presses: int = 9) -> float:
+    """The median from a key to a new picture."""
     slider.scroll_into_view_if_needed()
-    handle, milliseconds = slider.element_handle(), []
+    handle, measured = slider.element_handle(), []
     slider.focus()
-    for _ in range(15):
+    keys = ["ArrowLeft", "ArrowRight"] if is_at_the_end(slider) else ["ArrowRight", "ArrowLeft"]
+    for press in range(presses):
         before = handle.evaluate(VIEW)
         began = time.perf_counter()
-        page.keyboard.press("ArrowRight")
+        page.keyboard.press(keys[press % 2])  # to and fro, and so never beyond an end
         wait_for_change(page, handle, VIEW, before, polling="raf")
-        milliseconds.append(1000 * (time.perf_counter() - began))
-    shut_kernel(page)
-    median = statistics.median(milliseconds)
-    (SHOTS / "slider-milliseconds.txt").write_text(
-        f"{median:.0f} (median of {len(milliseconds)}, key to new picture)\n"
-    )
-    assert median < 1000  # far less where nothing else runs; what was measured is in the file
+        measured.append(1000 * (time.perf_counter() - began))
+    return statistics.median(measured)

@@ -32,6 +32,17 @@ def token_logprobs(logits, tokens, temperature=1.0, kept=None):
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 """,
+    "baseline": """
+def baseline(rewards):
+    K = rewards.shape[1]
+    total = rewards.sum(dim=1, keepdim=True)
+    return (total - rewards) / (K - 1)
+""",
+    "reinforce_loss": """
+def reinforce_loss(logprobs, rewards):
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return -((rewards - others) * logprobs).mean()
+""",
     "completion_mask": """
 def completion_mask(tokens, end_ids):
     is_end = torch.zeros_like(tokens, dtype=torch.bool)
@@ -110,12 +121,15 @@ def reward(prompts, completions):
     return results
 """,
     "training_step": """
-def training_step(model, optimizer, tokens, mask, rewards, old_logprobs):
+def training_step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_logprobs=None, kl_coef=0.0):
     logprobs = model(tokens).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
     A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     A = A.flatten()
     ratio = (logprobs - old_logprobs).exp()
     gain = torch.min(ratio * A[:, None], ratio.clamp(0.8, 1.2) * A[:, None])
+    if kl_coef:
+        d = ref_logprobs - logprobs
+        gain = gain - kl_coef * (d.exp() - d - 1)
     loss = -((gain * mask).sum(1) / mask.sum(1)).mean()
     optimizer.zero_grad()
     loss.backward()
@@ -149,6 +163,7 @@ MUTANTS = {
             "if False": "you count tokens that the sampler had cut away",
         },
         "return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)": {
+            "return logprobs[:, :, tokens]": "you look every token up at every position",
             "return logprobs.amax(-1)": "you score the lik",
         },
         "(-1, tokens.unsqueeze(-1))": {
@@ -166,6 +181,46 @@ MUTANTS = {
             "return logprobs.roll(1, 1).": "you score each token with the logits of the position bef",
         },
     },
+    "baseline": {
+        "(total - rewards) / (K - 1)": {
+            "rewards - (total - rewards) / (K - 1)": "you return the advantages",
+            "rewards.mean(1, keepdim=True).expand_as(rewards)": "your mean holds the very reward",
+            "rewards.mean().expand_as(rewards)": "your mean is that of all rewards",
+            "rewards.mean(0).expand_as(rewards)": "you average over the prompts",
+            "rewards.mean(0)": "your answer has the shape [2], expected [2, 2]",
+            "rewards.mean(1)": "your answer has the shape [2], expected [2, 2]",
+            "total - rewards": "you add up the others",
+            "(total - rewards) / K": "you divide by K",
+            "total / (K - 1) - rewards": "",
+            "rewards": "you return the rewards",
+        },
+        "rewards.sum(dim=1, keepdim=True)": {
+            "rewards.sum(dim=1)": "your sum has lost its column",
+            "rewards.sum(dim=0, keepdim=True)": "",
+            "rewards.sum()": "",
+        },
+    },
+    "reinforce_loss": {
+        "return -": {
+            "return ": "your sign is flipped",
+        },
+        "(rewards - others)": {
+            "rewards": "you leave the baseline out",
+            "others": "you weigh by the baseline",
+            "(rewards - rewards.mean(1, keepdim=True))": "your baseline is the group's mean",
+            "(rewards - rewards.mean())": "your baseline is the mean of all",
+        },
+        "* logprobs)": {
+            "* logprobs.exp())": "you use probabilities",
+            "* logprobs.detach())": "the value is right, but no gradient",
+        },
+        ".mean()": {
+            ".sum()": "you add up",
+        },
+        "((rewards - others) * logprobs)": {
+            "(rewards * logprobs - others)": "you take the baseline from the product",
+        },
+    },
     "completion_mask": {
         "is_end.cumsum(1) - is_end.int()": {
             "is_end.cumsum(1)": "you drop the end token",
@@ -175,6 +230,7 @@ MUTANTS = {
             "return (before == 0).all(0).expand_as(tokens)": "you cut all rows where",
             "return torch.arange(tokens.shape[1]) <= is_end.int().argmax(1)[:, None]": "you look for an",
             "return is_end.flip(1).cumsum(1).flip(1) > 0": "",
+            "return tokens != 0": "you drop the padding id only",
             "return (before == 0).float()": "your answer has the type torch.float32, expected torch.bool",
             "return (before == 0).long()": "your answer has the type torch.int64, expected torch.bool",
         },
@@ -207,6 +263,15 @@ MUTANTS = {
         "rewards.mean(dim=1, keepdim=True)": {
             "rewards.mean()": "your mean is that of all rewards",
             "rewards.median(dim=1, keepdim=True).values": "",
+            "rewards.mean(1)": "your mean or std has lost its column",
+        },
+        "mean = rewards.mean(dim=1, keepdim=True)\n    std = rewards.std(dim=1, keepdim=True)": {
+            "mean = rewards.mean(0)\n    std = rewards.std(0)": "you average over the prompts",
+            "mean = rewards.mean(1)\n    std = rewards.std(1)": "your mean or std has lost its column",
+        },
+        "(rewards - mean) / (std + 1e-4)": {
+            "rewards - mean / (std + 1e-4)": "a bracket is missing: the mean",
+            "(rewards - mean) / std + 1e-4": "a bracket is missing: std_eps",
         },
         "rewards.mean(dim=1, keepdim=True)\n    std = rewards.std(dim=1, keepdim=True)": {
             "rewards.mean()\n    std = rewards.std()": "your mean and std are those of all rewards",
@@ -246,6 +311,8 @@ MUTANTS = {
             "old_logprobs - logprobs": "your ratio is upside down",
         },
         "torch.exp(log_ratio)": {
+            "torch.where(mask, logprobs / old_logprobs, 1.0)": "you divide logarithms: subtract, then exp",
+            "(log_ratio.sum(1, True) / mask.sum(1, True)).exp()": "you take one ratio for the whole row: that is GSPO",
             "log_ratio": "your ratio lacks its exp",
             "torch.exp(log_ratio).detach()": "the value is right, but no gradient",
             "torch.exp(log_ratio.detach()) * (1 + 2 * (logprobs - logprobs.detach()))": "",
@@ -356,7 +423,11 @@ MUTANTS = {
         },
         "ref_logprobs - logprobs": {
             "old_logprobs - logprobs": "your KL is that to the old policy",
-            "logprobs - ref_logprobs": "your KL is upside down",
+            "logprobs - ref_logprobs": "your KL is upside down: swap",
+            "logprobs.detach() - ref_logprobs": "your KL is upside down and without gradient",
+        },
+        "if kl_coef > 0:\n        d": {
+            "if True:\n        d": "without kl_coef there is no reference: do not touch ref_logprobs then",
         },
         "torch.min(": {
             "torch.max(": "you take the larger",
@@ -367,7 +438,7 @@ MUTANTS = {
         },
         "logprobs - old_logprobs": {
             "old_logprobs - logprobs": "your ratio is upside down",
-            "logprobs - logprobs.detach()": "",
+            "logprobs - logprobs.detach()": "your ratio is always 1: it must compare with old_logprobs",
         },
         "ratio = log_ratio.exp()": {
             "ratio = log_ratio.exp().detach()": "the value is right, but no gradient",
@@ -456,6 +527,15 @@ MUTANTS = {
         "[0-9]+": {
             "[0-9]": "What must hold: 35 is one number",
         },
+        'given = sorted(int(n) for n in numbers.split(","))': {
+            'given = [int(n) for n in numbers.split(",")]': "you compare with the prompt's numbers unsorted",
+        },
+        "value is not None": {
+            "value": "you take the value 0 for no value",
+        },
+        "abs(value - int(target))": {
+            "abs(abs(value) - int(target))": "you forget the sign",
+        },
         "abs(value - int(target)) < 1e-6": {
             "int(value) == int(target)": "you cut off fractions",
             "abs(value - int(target)) < 2": "",
@@ -491,10 +571,11 @@ MUTANTS = {
         "    optimizer.step()\n": {
             "": "the weights do not move",
             "    optimizer.step()\n    optimizer.step()\n": "you make two steps",
-            "    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)\n    optimizer.step()\n": "",
+            '    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3)\n    optimizer.step()\n': "",
         },
         "    optimizer.zero_grad()\n": {
             "": "the gradients of an earlier step are still there",
+            "    model.zero_grad()\n": "your function raises AttributeError: model is only a function here; empty the",
         },
         "    loss.backward()\n    optimizer.step()\n": {
             "    loss.backward()\n    optimizer.zero_grad()\n    optimizer.step()\n": "the weights do not move",
@@ -504,6 +585,7 @@ MUTANTS = {
         },
         "A = A.flatten()": {
             "A = A.T.flatten()": "your advantages are in another order",
+            "pass": "perhaps advantages are [P, K], the loss wants [B]: flatten",
             "A = rewards.flatten()": "you use the rewards as they are",
         },
         " / (rewards.std(1, keepdim=True) + 1e-4)": {
@@ -516,6 +598,12 @@ MUTANTS = {
             "(logprobs - logprobs)": "the weights do not move",
             "(logprobs - logprobs.detach())": "your ratio is always 1",
             "(old_logprobs - logprobs)": "your ratio is upside down",
+        },
+        ".log_softmax(-1)": {
+            ".softmax(-1)": "you score with probabilities, not with their logarithms",
+        },
+        "if kl_coef": {
+            "if False": "your step drops the KL: hand ref_logprobs and kl_coef on to grpo_loss",
         },
         "torch.min(": {
             "torch.max(": "you take the larger",
@@ -561,6 +649,34 @@ def logprobs_by_einsum(logits, tokens, *, temperature):
 
 def logprobs_by_cross_entropy(logits, tokens, temperature=1):
     return -torch.nn.functional.cross_entropy((logits / temperature).transpose(1, 2), tokens, reduction="none")
+
+
+def baseline_by_loop(rewards):
+    return [[sum(row[:k] + row[k + 1 :]) / (len(row) - 1) for k in range(len(row))] for row in rewards.tolist()]
+
+
+def baseline_from_the_mean(rewards):
+    K = rewards.shape[1]
+    return (K * rewards.mean(1, keepdim=True) - rewards) / (K - 1)
+
+
+def baseline_by_matrix(rewards):
+    K = rewards.shape[1]
+    return rewards.double() @ (1 - torch.eye(K, dtype=torch.float64)) / (K - 1)
+
+
+def reinforce_by_loop(logprobs, rewards):
+    P, K = rewards.shape
+    total = 0.0
+    for p in range(P):
+        for k in range(K):
+            total = total - (rewards[p, k] - baseline_by_loop(rewards)[p][k]) * logprobs[p, k]
+    return total / (P * K)
+
+
+def reinforce_from_the_group_mean(logprobs, rewards):
+    K = rewards.shape[1]
+    return -((rewards - rewards.mean(1, keepdim=True)) * logprobs).sum() / (len(rewards) * (K - 1))
 
 
 def mask_by_loop(tokens, end_ids):
@@ -681,6 +797,7 @@ def aggregate_by_rows(values, mask):
 
 
 def loss_by_loop(logprobs, old_logprobs, advantages, mask, ref_logprobs, kl_coef):
+    ref_logprobs = logprobs if ref_logprobs is None else ref_logprobs
     total = 0.0
     for i in range(len(mask)):
         losses = []
@@ -693,7 +810,8 @@ def loss_by_loop(logprobs, old_logprobs, advantages, mask, ref_logprobs, kl_coef
 
 
 def loss_in_double(logprobs, old_logprobs, advantages, mask, *, ref_logprobs, kl_coef, clip_range):
-    p, old, q = (x.double().masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))
+    q = logprobs if kl_coef == 0 else ref_logprobs
+    p, old, q = (x.double().masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs, q))
     A, c = advantages[:, None].double(), (p - old).exp()
     loss = kl_coef * ((q - p).exp() - (q - p) - 1) - torch.minimum(c * A, c.clamp(1 - clip_range, 1 + clip_range) * A)
     weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
@@ -749,7 +867,6 @@ def reward_as_tensor(prompts, completions):
 
 
 def step_by_package(model, optimizer, tokens, mask, rewards, old_logprobs):
-    model.train()
     optimizer.zero_grad(set_to_none=False)
     logprobs = checks.token_logprobs.reference(model(tokens), tokens)
     loss = grpo_loss(logprobs, old_logprobs, group_advantages(rewards).view(-1), mask).loss
@@ -764,22 +881,27 @@ def step_by_hand(model, optimizer, tokens, mask, rewards, old_logprobs):
         for t in range(int(mask[i].sum())):
             c = (p[i, t, tokens[i, t]] - old_logprobs[i, t]).exp()
             loss = loss - torch.min(c * A, c.clamp(0.8, 1.2) * A) / mask[i].sum() / len(tokens)
-    (gradient,) = torch.autograd.grad(loss, model.weights)
+    (weights,) = optimizer.param_groups[0]["params"]
+    (gradient,) = torch.autograd.grad(loss, weights)
     with torch.no_grad():
-        model.weights -= optimizer.param_groups[0]["lr"] * gradient
+        weights -= optimizer.param_groups[0]["lr"] * gradient
 
 
-def step_with_hygiene(model, optimizer, tokens, mask, rewards, old_logprobs, clip_range=0.2):
+def step_with_hygiene(
+    model, optimizer, tokens, mask, rewards, old_logprobs, ref_logprobs=None, kl_coef=0.0, clip_range=0.2
+):
     loss = grpo_loss(
         checks.token_logprobs.reference(model(tokens), tokens),
         old_logprobs,
         group_advantages(rewards).flatten(),
         mask,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
         clip_range=clip_range,
     ).loss
-    model.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 10.0)
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss.item()}
@@ -787,6 +909,8 @@ def step_with_hygiene(model, optimizer, tokens, mask, rewards, old_logprobs, cli
 
 RIGHT = {
     "token_logprobs": [logprobs_by_loop, logprobs_by_einsum, logprobs_by_cross_entropy],
+    "baseline": [baseline_by_loop, baseline_from_the_mean, baseline_by_matrix],
+    "reinforce_loss": [reinforce_by_loop, reinforce_from_the_group_mean],
     "completion_mask": [mask_by_loop, mask_by_argmax, mask_by_cumprod],
     "group_advantages": [advantages_by_loop, advantages_by_einsum, advantages_by_numpy],
     "clipped_surrogate": [surrogate_by_loop, surrogate_by_sign, surrogate_without_a_setting],
@@ -868,6 +992,24 @@ def test_two_mistakes_at_once_are_named_with_care():
     assert verdict.message == "perhaps you take the larger of the two, not the smaller."
 
 
+def test_advantages_that_are_not_flattened_are_named_with_the_packages_loss_too():
+    def step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_logprobs=None, kl_coef=0.0):
+        logprobs = checks.token_logprobs.reference(model(tokens), tokens)
+        penalty = {"ref_logprobs": ref_logprobs, "kl_coef": kl_coef}
+        loss = grpo_loss(logprobs, old_logprobs, group_advantages(rewards), mask, **penalty).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    assert checks.training_step(step).message == "perhaps advantages are [P, K], the loss wants [B]: flatten."
+
+
+def test_two_updates_are_told_from_one_update_that_steps_twice():
+    step = learner(SOLUTIONS["training_step"])
+    verdict = checks.training_step(lambda *inputs, **settings: [step(*inputs, **settings) for _ in range(2)])
+    assert verdict.message == "you update twice."
+
+
 def test_a_version_that_is_wrong_where_the_learner_is_right_is_not_blamed():
     # 0 is also what "right and wrong are swapped" answers first, but not what it answers next
     verdict = checks.reward(lambda prompts, completions: [0.0] * len(completions))
@@ -944,6 +1086,24 @@ def test_a_stub_is_not_written_yet(name):
         assert not verdict
         assert (verdict.state, verdict.message) == ("to do", "not written yet.")
         assert verdict.hint == repr(JUDGES[name])
+
+
+def test_an_error_with_a_known_cause_is_explained_and_shown():
+    def unpacks(prompts, completions):
+        pairs = []
+        for completion in completions:
+            value, used = rewards.evaluate_expression(completion)
+            pairs.append((value, used))
+        return rewards.countdown(prompts, completions)
+
+    def indexes(prompts, completions):
+        assert all(rewards.evaluate_expression(completion)[1] for completion in completions)
+        return rewards.countdown(prompts, completions)
+
+    verdict = checks.reward(unpacks)
+    assert verdict.message == "evaluate_expression returns None, and no pair, for what is no expression."
+    assert verdict.compared["got"] == "raises TypeError: cannot unpack non-iterable NoneType object"
+    assert checks.reward(indexes).message == "evaluate_expression returns None for what is no expression."
 
 
 def test_a_function_that_is_half_written():

@@ -329,3 +329,81 @@ def test_a_fault_of_a_library_is_one_sentence_too(train, prompts, monkeypatch):
     status, _, complaint = train("--dataset", prompts, "--eval-dataset", prompts, "--reward", "format:.")
     assert status == 1
     assert "unexpected RuntimeError: unheard of (--debug shows where)" in complaint
+
+
+# --- plot ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plot(tmp_path, monkeypatch, capsys):
+    """Run `grpo-lab plot` beside two seeds of one run and a run without KL: (exit status, output, complaint)."""
+    monkeypatch.chdir(tmp_path)
+    for name, row in {"a-seed0": {"kl": 0.1}, "a-seed1": {"kl": 0.2}, "b": {}}.items():
+        Path(name).mkdir()
+        rows = [json.dumps({"step": step, "reward": step / 4, **row}) for step in (1, 2)]
+        Path(name, "metrics.jsonl").write_text("\n".join(rows))
+
+    def run(*arguments):
+        status = cli.main(["plot", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_plot_draws_and_says_what(plot):
+    status, out, complaint = plot("a-seed0", "a-seed1", "b")
+    assert (status, complaint) == (0, "")
+    assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "a, 2 seeds, steps 1 to 2: reward 0.375 at first, 0.375 at last" in out
+    assert "b, steps 1 to 2: reward 0.375 at first, 0.375 at last; no kl" in out
+    assert "Not drawn, because no run has it: entropy, completions/mean_length" in out
+    assert out.endswith("Written to comparison.png: reward, kl\n")
+
+
+def test_plot_draws_what_it_is_asked_for_where_it_is_asked_to(plot):
+    status, out, _ = plot("a-seed0", "--metrics", "kl", "kl", "--output", "here.png")
+    assert (status, Path("comparison.png").exists()) == (0, False)
+    assert out.endswith("Written to here.png: kl\n")
+    assert "Not drawn" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no folder"),
+        (["a-seed0", "."], "it holds a-seed0, a-seed1, b. Give a run's folder."),
+        (["a-seed0/metrics.jsonl"], "Give the folder of a run, which holds metrics.jsonl"),
+        (["b", "--metrics", "kl"], "no run has the metric 'kl'. There is reward."),
+        (["b", "--output", "no/folder.png"], "cannot write no/folder.png (No such file or directory)"),
+        (["b", "--output", "."], "--output must end in .png, .svg or .pdf, got '.'."),
+        (["b", "--output", "picture.txt"], "--output must end in .png, .svg or .pdf, got 'picture.txt'."),
+        (["b", "--output", ""], "--output is empty"),
+        ([""], "the name of a run is empty"),
+        (["b", "--metrics", ""], "no run has the metric ''"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_with_plot_gets_one_sentence_and_writes_nothing(plot, tmp_path, arguments, message):
+    status, out, complaint = plot(*arguments)
+    assert (status, out) == (2, "")
+    assert message in complaint
+    assert complaint.startswith("grpo-lab: ")
+    assert complaint.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a-seed0", "a-seed1", "b"}
+
+
+def test_plot_says_when_a_run_has_nothing_that_is_drawn_by_default(plot):
+    Path("b/metrics.jsonl").write_text('{"step": 1, "loss": 0.0}')
+    status, _, complaint = plot("b")
+    assert status == 2
+    assert "none of reward, kl, entropy, completions/mean_length is in these runs. --metrics takes loss." in complaint
+
+
+@pytest.mark.parametrize("command", ["plot", "doctor"])
+def test_the_other_commands_explain_themselves_and_show_a_traceback_if_asked(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert f"    {command} " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="empty"):
+        cli.main([command, *(["x", "--output", ""] if command == "plot" else ["--output-dir", ""]), "--debug"])

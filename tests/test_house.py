@@ -26,10 +26,10 @@ FLOORS = [
         "batches",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
-    {"trainer", "interop"},  # the run here, and the same elsewhere
+    {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
     {"checks"},
-    {"widgets", "lessons"},
+    {"widgets", "lessons", "doctor"},
     {"cli", "train_grpo"},
 ]
 MATHEMATICS = ("logprobs", "advantages", "kl", "losses")

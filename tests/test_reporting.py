@@ -160,7 +160,7 @@ def test_every_line_shows_its_rows(panel):
 def test_the_figure_has_a_title_and_a_legend_and_starts_at_zero(tmp_path):
     figure = training_figure(ROWS, "A run")
     assert figure.get_suptitle() == "A run"
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]  # beside the panels, on no curve
     assert legend == ["mean reward", "share of groups that teach nothing"]
     for axes in figure.axes:
         assert axes.get_ylim()[0] == 0  # heights can be compared
@@ -185,6 +185,14 @@ def test_a_band_shows_how_far_the_rewards_of_a_group_spread():
     assert at_20 == [0.05, 0.55]  # the running mean of 0.1 to 0.5, which is 0.3, and 0.25 to either side
     assert band.get_label() == "± spread within a group"
     assert not training_figure(ROWS).axes[0].collections
+
+
+@pytest.mark.parametrize(("spread", "edges"), [(0.5, [0.0, 0.8]), (0.8, [-0.5, 1.1])])
+def test_the_band_of_shares_ends_at_0_and_1_and_that_of_other_rewards_where_it_ends(spread, edges):
+    rows = [{"step": step, "reward": 0.3, "reward_std": spread} for step in (1, 2)]
+    (band,) = training_figure(rows).axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert [min(heights), max(heights)] == pytest.approx(edges)
 
 
 def test_a_run_without_kl_says_so_and_missing_values_are_left_out():
@@ -219,9 +227,9 @@ def test_a_table_of_completions_shows_several_rewards_and_escapes_text():
     assert "2&lt;3?" in one
     assert "&lt;yes&gt;" in one
     assert "-0.25" in one
-    assert re.findall(r"<th>(.*?)</th>", one) == ["prompt", "completion", "reward", "advantage"]
-    assert re.findall(r"<th>(.*?)</th>", two) == ["prompt", "completion", "reward", "right", "short", "advantage"]
-    assert "<td>1.00</td><td></td>" in two  # a reward that did not score is empty, not 0
+    assert re.findall(r"<th .*?>(.*?)</th>", one) == ["prompt", "completion", "reward", "advantage"]
+    assert re.findall(r"<th .*?>(.*?)</th>", two) == ["prompt", "completion", "reward", "right", "short", "advantage"]
+    assert re.findall(r"<td [^>]*>([^<]*)</td>", two) == ["1.50", "1.00", "", "-0.25"]  # what did not score is not 0
 
 
 def test_a_shade_says_the_sign_by_its_hue_and_the_size_by_its_strength():

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ipywidgets|t
 from grpo_lab import widgets  # noqa: E402
 from grpo_lab.batches import StepRecord  # noqa: E402
 from grpo_lab.pocket.make import make_tokenizer  # noqa: E402
-from grpo_lab.widgets import Explorer, Picture, SampleBrowser, choice, slider, watch  # noqa: E402
+from grpo_lab.widgets import Explorer, Picture, SampleBrowser, choice, slider, steps, watch  # noqa: E402
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -78,6 +79,57 @@ def test_what_no_control_changes_is_drawn_once_and_the_rest_anew():
     assert differing.mean() < 0.002  # the feet of the bars, which stand before the axis and not behind it
 
 
+def test_another_value_in_a_later_cell_leaves_what_was_shown_alone(explorer):
+    shown = explorer._image.value
+    later = explorer.at(K=16)
+    assert later.values == {"K": 16, "kind": "mean"}
+    assert (explorer.values, explorer._image.value) == ({"K": 8, "kind": "mean"}, shown)
+    later.kind.value = "none"
+    assert explorer.kind.value == "mean"
+    assert later.at().values == {"K": 16, "kind": "none"}
+    with pytest.raises(KeyError):
+        explorer.at(k=16)
+
+
+def test_a_copy_keeps_its_ground_and_how_often_it_draws():
+    explorer = Explorer(on_ground, ground=ground, size=(4, 3), continuous=False, K=slider("K", 2, 19, 8))
+    later = explorer.at(K=3)
+    assert later.K.continuous_update is False
+    assert later.figure.get_size_inches().tolist() == [4, 3]
+    assert later.figure.axes[0].get_xlabel() == "completion"
+
+
+def test_the_words_stand_below_the_picture_too_and_leave_no_trace(explorer):
+    def size(text):
+        data, _ = Picture(explorer.figure, text)._repr_mimebundle_()
+        return imread(io.BytesIO(base64.b64decode(data["image/png"])), format="png").shape
+
+    (one, width, _), (three, _, _), (wrapped, _, _) = size("one"), size("one\ntwo\nthree"), size("word " * 40)
+    assert width == 1280
+    assert 544 < one < wrapped == three - 26 < three  # a line is 0.163 inches of 160 pixels
+    assert not explorer.figure.texts
+
+
+def documented(x):
+    """What it says.
+
+    >>> documented(1)
+    [1]
+    """
+    settings = [
+        x,
+    ]  # fmt: skip
+    return settings
+
+
+def test_code_is_shown_without_docstrings_and_notes_to_tools():
+    assert widgets.show_source(documented).data == (
+        "```python\ndef documented(x):\n    settings = [\n        x,\n    ]\n    return settings\n```"
+    )
+    assert widgets.show_source(documented, documented).data.count("def documented") == 2
+    assert "when yours is right" in widgets.show_source(documented, when=[]).data
+
+
 def test_without_a_kernel_the_picture_and_its_words_are_left(explorer):
     data, settings = explorer._repr_mimebundle_()
     assert data["text/plain"] == "mean of K = 8 <b>"
@@ -101,6 +153,16 @@ def test_a_slider_has_a_name_that_a_screen_reader_finds():
     assert field.value == 0.3  # and not 0.30000000000000004
     field.value = 0.75
     assert control.value == row.control.value == 0.75
+
+
+def test_steps_are_a_slider_over_words_and_a_list_with_a_name():
+    row = steps("β", ["0", "0.02", "2"], "0.02")
+    field, control = row.children
+    assert (field.description, field.value, field.options) == ("β", "0.02", ("0", "0.02", "2"))
+    control.value = "2"
+    assert field.value == "2"
+    field.value = "0"
+    assert control.value == row.control.value == "0"
 
 
 def test_where_a_redraw_is_slow_it_waits_for_the_end_of_the_drag():
@@ -156,6 +218,17 @@ def test_watching_passes_every_record_on_and_ends_with_the_last(shown):
     assert last.count("&lt;3*5+7") == 8  # eight rows, and text stays text
     assert "s left" not in last
     assert "s left" in table.states[-2].data
+
+
+def test_a_group_that_teaches_something_is_shown_first(shown):
+    dead, alive = (
+        [{"prompt": p, "completion": "1", "reward": 1.0, "advantage": a}] * 8 for p, a in (("1=", 0), ("2=", 1))
+    )
+    (record,) = records(1)
+    list(watch([replace(record, completions=dead + alive)], 1))
+    assert shown[1].states[0].data.count("<code>2=") == 8
+    list(watch([replace(record, completions=dead * 2)], 1))
+    assert shown[3].states[0].data.count("<code>1=") == 8
 
 
 def test_pictures_are_drawn_now_and_then_but_the_last_one_always(shown):

@@ -210,9 +210,9 @@ def draw_rollouts(figure: Figure, rewards: Tensor, step: int) -> str:
     _draw_histogram(advantages, window)
     course.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.08, linewidth=0)
     return (
-        f"steps {first} to {last}: mean reward {p:.2f}; dead groups {dead:.2f} of {len(window)}\n"
-        f"dead if all prompts were equally hard: {coin[0] + coin[K]:.2f}; "
-        f"all wrong {share[0]:.2f}, all right {share[K]:.2f}"
+        f"steps {first} to {last}: mean reward {p:.2f}; {dead * len(window):.0f} of {len(window)} groups are dead; "
+        f"were all prompts equally hard, {(coin[0] + coin[K]) * len(window):.1f} would be\n"
+        f"shares of the groups with 0 to {K} right answers: {' '.join(f'{s:.2f}' for s in share)}"
     )
 
 
@@ -220,16 +220,13 @@ def draw_recorded(figure: Figure, runs: Mapping[int, Sequence[RecordedRun]]) -> 
     """Dead groups and reward of recorded runs for each K, 128 completions per step in all of them."""
     dead, reward = (recorded_by_k(runs, name) for name in ("frac_reward_zero_std", "reward"))
     panels = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.17, top=0.88, wspace=0.35)
+    figure.subplots_adjust(left=0.08, right=0.87, bottom=0.17, top=0.88, wspace=0.25)
     for panel, curves in zip(panels, (dead, reward), strict=True):
-        for n, values in enumerate(curves.values()):
-            colour = colormaps["cividis"](n / len(curves))
-            panel.plot(range(1, len(values) + 1), values, color=colour, linewidth=2)
-        height = 1.05
-        for K, values in sorted(curves.items(), key=lambda item: -item[1][-1]):  # names at the ends, none on another
-            height = min(values[-1], height - 0.065)
-            panel.text(len(values) + 2, height, f"K = {K}", va="center", fontsize=9)
+        for n, (K, values) in enumerate(curves.items()):
+            style = {"color": colormaps["cividis"](n / len(curves)), "marker": "os^Dv"[n], "markevery": (5 * n, 25)}
+            panel.plot(range(1, len(values) + 1), values, **style, linewidth=2, markersize=5, label=f"K = {K}")
         panel.set(xlabel="optimizer step", ylim=(0, 1.05))
+    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[0].set(title="Dead groups", ylabel="share of groups")
     panels[1].set(title="Reward", ylabel="mean reward")
     _tidy(*panels)

@@ -23,7 +23,7 @@ from grpo_lab.trainer import GRPOTrainer
 
 CUT, PLAIN = COLOURS["zero_std"], "#767676"  # what teaches nothing has one colour throughout; Okabe and Ito's
 MEANS = ("sequence-mean", "token-mean", "constant")
-SHORT, CONSTANT = 4, 32
+SHORT, CONSTANT = 4, 64
 """Tokens of the short completion, and the constant of Dr. GRPO's mean, in the picture of the length bias."""
 WIDEST = 2.5
 
@@ -206,7 +206,7 @@ def draw_length_bias(figure: Figure, long: int) -> str:
         token.barh(y - 0.2, short[0].item(), 0.36, **SHORT_BAR)
         token.barh(y + 0.2, other[0].item(), 0.36, **LONG_BAR)
         lines.append(f"{how + ':':15}the short one has {part:.0%} of the gradient; "
-                     f"a token of it pulls {short[0] / other[0]:.1f} times as hard as one of the long one")  # fmt: skip
+                     f"its tokens pull {short[0] / other[0]:.1f} times as hard as the long one's")  # fmt: skip
     share.text(0.667, 0.933, f"{long} tokens", va="center", transform=figure.transFigure)  # beside the legend's "long:"
     return "\n".join(lines)
 
@@ -238,7 +238,8 @@ def draw_why_zero(figure: Figure, run: RecordedRun) -> str:
     for panel, (name, (title, colour)) in zip(figure.subplots(1, 4), names.items(), strict=True):
         panel.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, linewidth=1.4)
         panel.set(title=title, xlabel="optimizer step")
-        panel.set_ylim(-0.05, 1.05 * max(1.0, *(row[name] for row in rows)))
+        highest = max(row[name] for row in rows)  # the loss is so small that it needs a scale of its own
+        panel.set_ylim(*((-0.05, 1.05 * max(1.0, highest)) if name != "loss" else (None, max(0.06, 1.1 * highest))))
         panel.title.set_fontsize(10)
         panel.spines[["top", "right"]].set_visible(False)
     first, last = ({name: round(row[name], 3) + 0.0 for name in names} for row in (rows[0], rows[-1]))  # not -0.000

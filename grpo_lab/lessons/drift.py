@@ -15,7 +15,7 @@ from grpo_lab.config import GRPOConfig
 from grpo_lab.data import countdown_dataset
 from grpo_lab.kl import exact_kl
 from grpo_lab.lessons.kl import REF, WORDS
-from grpo_lab.reporting import COLOURS, RecordedRun, running_mean
+from grpo_lab.reporting import COLOURS, RecordedRun
 from grpo_lab.rewards import countdown
 from grpo_lab.trainer import GRPOTrainer
 
@@ -103,7 +103,7 @@ class Sweep(NamedTuple):
 
     runs: list[RecordedRun]
     reward: list[float]
-    """Mean over the seeds, step by step."""
+    """Mean over the seeds, step by step, and over ten steps on either side; at the start over as many as there are."""
     kl: list[float] | None
     """Likewise, in nats per token; None where beta is 0: no reference, nothing computed."""
 
@@ -112,32 +112,36 @@ def sweep(runs: Sequence[RecordedRun]) -> Sweep:
     """Average the seeds."""
 
     def mean(name: str) -> list[float]:
-        return running_mean(
-            [sum(rows) / len(rows) for rows in zip(*([m[name] for m in r.metrics] for r in runs), strict=True)], 5
-        )
+        values = [sum(rows) / len(rows) for rows in zip(*([m[name] for m in r.metrics] for r in runs), strict=True)]
+        windows = (values[max(0, i - 10) : i + min(i, 10) + 1] for i in range(len(values)))
+        return [sum(window) / len(window) for window in windows]
 
     return Sweep(list(runs), mean("reward"), mean("kl") if "kl" in runs[0].metrics[0] else None)
 
 
 def ground_of_sweep(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
-    """Reward against the step, and reward against KL, of every beta: all of them faint."""
+    """Reward against the step, and reward against KL, of every beta: all of them faint, named at their right ends."""
     curve, plane = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.82, wspace=0.25)
+    figure.subplots_adjust(left=0.09, right=0.96, bottom=0.17, top=0.82, wspace=0.25)
     figure.suptitle(next(iter(sweeps.values())).runs[0].label, fontsize=9)
-    curve.set(title="reward", xlabel="optimizer step", ylabel="mean over seeds", ylim=(0, 1.05))
-    plane.set(title="reward against KL", xlabel="KL to the reference, nats per token", ylim=(0, 1.05), xlim=(0, 0.5))
-    for name, one in sweeps.items():
+    steps = max(len(one.reward) for one in sweeps.values())
+    curve.set(title="reward", xlabel="optimizer step", ylabel="mean over seeds", ylim=(0, 1.05), xlim=(0, 1.18 * steps))
+    curve.set_xticks(range(0, steps + 1, 20))
+    plane.set(title="reward against KL", xlabel="KL to the reference, nats per token", ylim=(0, 1.05), xlim=(0, 0.4))
+    below = 2.0
+    for name, one in sorted(sweeps.items(), key=lambda item: -item[1].reward[-1]):
         _draw_run(curve, plane, one, color="#999999", linewidth=1.0)
+        below = min(one.reward[-1] + 0.02, below - 0.06)  # names do not stand on each other
+        curve.text(1.01 * steps, below, f"β {name}", fontsize=9, va="center")
         if one.kl is not None:
-            down = name in ("0.1", "2")
-            plane.annotate(f"β {name}", (one.kl[-1], one.reward[-1]), (8, -12 if down else 4), fontsize=8,
-                           textcoords="offset points")  # fmt: skip
+            aside = {"0.1": (12, -22), "2": (8, -11)}.get(name, (6, 5))
+            plane.annotate(f"β {name}", (one.kl[-1], one.reward[-1]), aside, fontsize=9, textcoords="offset points")
     for panel in (curve, plane):
         panel.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_run(curve, plane, one: Sweep, **style) -> None:
-    curve.plot(one.reward, **style)
+    curve.plot(range(1, len(one.reward) + 1), one.reward, **style)
     if one.kl is not None:
         plane.plot(one.kl, one.reward, **style)
         plane.plot(one.kl[-1], one.reward[-1], "o", color=style["color"])
@@ -145,11 +149,13 @@ def _draw_run(curve, plane, one: Sweep, **style) -> None:
 
 def draw_sweep(figure: Figure, sweeps: Mapping[str, Sweep], beta: str) -> str:
     """The chosen beta, strong, over all of them."""
-    _draw_run(*figure.axes, sweeps[beta], color=COLOURS["reward"], linewidth=2.5)
     one = sweeps[beta]
+    _draw_run(*figure.axes, one, color=COLOURS["reward"], linewidth=2.5)
+    if one.kl is None:
+        figure.axes[1].text(0.2, 0.5, f"β {beta}: KL not computed", color=COLOURS["reward"], ha="center")
     right = ", ".join(f"{run.info['after']['eval/pass@1']:.0%}" for run in one.runs)
     drift = "not computed" if one.kl is None else f"{one.kl[-1]:.3f} nats per token"
     return (
-        f"β = {beta}: right on 400 held-out problems after the run: {right} (seeds 0 to {len(one.runs) - 1})\n"
-        f"KL at the end: {drift}; reward at the end: {one.reward[-1]:.2f}"
+        f"β = {beta}: right after the run, of sampled answers to 400 held-out problems:\n{right} (seeds 0 to "
+        f"{len(one.runs) - 1}). At the end: KL {drift}, reward {one.reward[-1]:.2f}."
     )

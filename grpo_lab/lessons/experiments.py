@@ -133,16 +133,19 @@ def short_run(model, tokenizer, K: int, *, steps: int, completions: int, seed: i
     return list(GRPOTrainer(model, None, countdown, tokenizer, config, problems).steps())
 
 
-def _interval(ours: Tensor, theirs: Tensor, t: float, *, paired=True, ends=1.0, n=None, correct=1, sign=1) -> Tensor:
+def _interval(
+    ours: Tensor, theirs: Tensor, t: float, *, paired=True, ends=1.0, n=None, correct=1, sign=1, power=1
+) -> Tensor:
     # what a learner may write; by default the right answer
     d = sign * (ours - theirs)
     spread = d.std(correction=correct) if paired else (ours.var() + theirs.var()).sqrt()
-    half = ends * t * spread / sqrt(len(d) if n is None else n)
+    half = ends * t * spread**power / sqrt(len(d) if n is None else n)
     return torch.stack([d.mean(), d.mean() - half, d.mean() + half])
 
 
 check_paired_interval = Judge(
-    contract="paired_interval(ours[n], theirs[n], t) -> [mean difference, low end, high end]; t: Student's for n",
+    contract="paired_interval(ours[n], theirs[n], t) -> [mean difference, low end, high end]; two tensors; t: Student's"
+    " for n seeds",
     reference=lambda ours, theirs, t: _interval(ours, theirs, t),
     hint="First one difference for each seed; then forget the runs: mean, standard deviation (n - 1), and its error.",
     cases=(
@@ -158,6 +161,10 @@ check_paired_interval = Judge(
         "you use the spread of one seed: the mean of n varies less, by sqrt(n)": lambda a, b, t: _interval(
             a, b, t, n=1
         ),
+        "you divide by sqrt(n - 1): that belongs inside the std; the error of a mean has sqrt(n)": lambda a, b, t: (
+            _interval(a, b, t, n=len(a) - 1)
+        ),
+        "you use the variance, not its root, the standard deviation": lambda a, b, t: _interval(a, b, t, power=2),
         "you divide by n, not by its root": lambda a, b, t: _interval(a, b, t, n=len(a) ** 2),
         "you use the normal 1.96: with a few seeds t is larger": lambda a, b, t: _interval(a, b, 1.96),
         "your difference is the wrong way round: ours minus theirs": lambda a, b, t: _interval(a, b, t, sign=-1),

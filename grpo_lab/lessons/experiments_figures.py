@@ -6,8 +6,8 @@ from functools import cache
 from grpo_lab.lessons.experiments import BASE, SEEDS, T95, compare, measure, power, standard_experiments, sweep, verdict
 from grpo_lab.reporting import running_mean
 
-PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+PALETTE = ("#D55E00", "#E69F00", "#56B4E9", "#009E73", "#0072B2")
+LINES = ("--", "-.", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))
 ENTROPY, POINTS = "entropy at the end", 100
 
 _sweep, _compare = cache(sweep), cache(compare)  # files are read once
@@ -23,11 +23,18 @@ def _curves(name: str) -> dict[str, list[float]]:
 def draw_sweep(figure, sweep: str, compared: str) -> str:
     """Left: reward over steps, mean of the seeds. Right: the paired difference to the base, with its interval."""
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    for (label, values), colour, line in zip(_curves(sweep).items(), PALETTE, LINES, strict=False):
-        wide = 2.6 if label == BASE[sweep] else 1.6
-        left.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, linewidth=wide, label=label)
+    curves = _curves(sweep)
+    crowd = len(curves) > len(PALETTE)  # lines that nobody could tell apart share one look; the right panel names them
+    for i, (label, values) in enumerate(curves.items()):
+        base = label == BASE[sweep]
+        style = {"color": "#999999", "linewidth": 1.2} if crowd else {
+            "color": PALETTE[i], "linestyle": LINES[i], "linewidth": 1.6
+        }  # fmt: skip
+        style |= {"color": "black", "linestyle": "-", "linewidth": 2.6, "zorder": 3} if base else {}
+        name = label if base or not crowd else f"the {len(curves) - 1} others" if i == len(curves) - 1 else None
+        left.plot(range(1, len(values) + 1), values, label=name, **style)
     left.set(xlabel="optimizer step", ylabel="mean reward", ylim=(0, 1.02))
-    left.legend(title=sweep, frameon=False, fontsize=8, loc="lower right", ncols=2)
+    left.legend(title=sweep, frameon=False, fontsize=9, loc="lower right", ncols=1 if crowd else 2)
     rows = _compare(sweep, compared)
     unit, scale = ("nats", 1) if compared == ENTROPY else ("percentage points", POINTS)
     for y, (middle, low, high) in enumerate(rows.values()):
@@ -45,7 +52,7 @@ def draw_sweep(figure, sweep: str, compared: str) -> str:
         panel.spines[["top", "right"]].set_visible(False)
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.15, top=0.92, wspace=0.32)
     level = sum(measure(run, compared) for run in _sweep(sweep)[BASE[sweep]]) / SEEDS
-    words = [f"{compared}; {base}: {level * scale:.{2 if scale == 1 else 1}f}. "
+    words = [f"{compared}; {base}: {level * scale:.{2 if scale == 1 else 1}f}.",
              f"Differences in {unit}, 95 % intervals, {SEEDS} seeds, paired:"]  # fmt: skip
     digits = 3 if scale == 1 else 1
     words += [
@@ -60,17 +67,29 @@ _EXPERIMENTS = standard_experiments(2000)
 
 
 def draw_power(figure, seeds: int, difference: float, spread: float) -> str:
-    """How often n seeds find a true difference, in percentage points, for each n; the chosen n is marked."""
+    """How often n seeds find a true difference, in percentage points, for each n; the chosen n is marked.
+
+    Where there is no difference: how often they find one all the same, above 0 or below.
+    """
     panel = figure.subplots()
     numbers, shares = list(T95), power(difference, spread, _EXPERIMENTS)
+    if difference == 0:
+        means, stds = _EXPERIMENTS
+        below = power(0.0, spread, (-means, stds))
+        shares = [a + b for a, b in zip(shares, below, strict=True)]
     panel.plot(numbers, shares, color="#0072B2", marker="o", markersize=3)
     here = shares[numbers.index(seeds)]
     panel.plot([seeds, seeds, 0], [0, here, here], color="#D55E00", linestyle=":")
     panel.plot(seeds, here, "o", color="#D55E00", markersize=9)
-    panel.set(xlabel="seeds", ylabel="share of experiments that find it", ylim=(0, 1.02), xlim=(0, max(numbers)))
+    panel.set(xlabel="seeds", ylabel="share of experiments that are sure", ylim=(0, 1.05), xlim=(0, max(numbers) + 1))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25)
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.16, top=0.95)
+    if difference == 0:
+        return (
+            f"No true difference, seeds varying by {spread:.1f} points: nothing to find.\n"
+            f"{seeds} seeds: {here:.0%} of experiments come out sure all the same."
+        )
     enough = next((str(n) for n, share in zip(numbers, shares, strict=True) if share >= 0.8), f"more than {max(T95)}")
     return (
         f"A true difference of {difference:.1f} points, seeds varying by {spread:.1f} points:\n"

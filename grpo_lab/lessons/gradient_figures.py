@@ -6,7 +6,6 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from grpo_lab.lessons import gradients
-from grpo_lab.reporting import COLOURS
 
 STYLE = {  # Okabe and Ito's colours; the marker says it too
     "none": {"color": "#767676", "marker": "s"}, "global mean": {"color": "#E69F00", "marker": "^"},
@@ -164,7 +163,6 @@ def ground_of_training(figure: Figure) -> None:
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.79, bottom=0.17, top=0.95)
     panel.set(xlabel="optimizer step", ylabel="expected reward (offset taken off)", xlim=(-3, 63), ylim=(0.4, 1.02))
-    panel.yaxis.label.set_color(COLOURS["reward"])
     _baselines(panel)
     _bare(panel)
 

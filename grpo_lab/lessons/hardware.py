@@ -72,6 +72,9 @@ pass_at_k_judge = Judge(
         "you put the answers back: 1 - (1 - correct/n)^k": lambda n, correct, k: 1 - (1 - correct / n) ** k,
         "you give the share of right answers, whatever k is": lambda n, correct, k: correct / n,
         "you add the chances up, and they are not exclusive": lambda n, correct, k: min(1.0, k * correct / n),
+        "a chance cannot exceed 1: you add chances up that do not exclude each other": lambda n, correct, k: (
+            k * correct / n
+        ),
         "you give the chance that all of the k are wrong": lambda n, correct, k: 1 - pass_at_k(n, correct, k),
         "you ask that all of the k be right": lambda n, correct, k: math.comb(correct, k) / math.comb(n, k),
         "you say 1 as soon as one of the n is right": lambda n, correct, k: float(correct > 0),
@@ -89,7 +92,7 @@ def kept_for_backward(model: nn.Module, rows: int, prompt_tokens: int, new_token
 
     Args:
         rows: B, completions at a time.
-        prompt_tokens, new_tokens: of each row.
+        prompt_tokens, new_tokens: of each row. All rows differ: prompts in common would be read once, and count once.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
@@ -101,9 +104,11 @@ def kept_for_backward(model: nn.Module, rows: int, prompt_tokens: int, new_token
         return tensor
 
     device = next(model.parameters()).device
-    ids = torch.ones(rows, prompt_tokens + new_tokens, dtype=torch.long, device=device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (rows, prompt_tokens + new_tokens), generator=draws).to(device)
     with saved_tensors_hooks(count, lambda tensor: tensor):
-        completion_logprobs(model, ids, torch.ones_like(ids), new_tokens).sum()
+        completion_logprobs(model, ids, torch.ones_like(ids), new_tokens, share=False).sum()
     return sum(storages.values())
 
 

@@ -44,7 +44,7 @@ def value(logits: Tensor, estimator: str) -> tuple[float, float]:
 def gradient(logits: Tensor, estimator: str, place: str, *, corrected: bool = False) -> Tensor:
     """The expected gradient by the logits [7] of a penalty "in the loss" or "in the reward"; words are drawn from pi.
 
-    In the loss the estimate itself is derived, in the reward it multiplies the derivative of log pi.
+    In the loss the estimate itself is differentiated, in the reward it multiplies the derivative of log pi.
     corrected: in the loss, times the ratio pi / pi.detach().
     """
     logits = logits.clone().requires_grad_()

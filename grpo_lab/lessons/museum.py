@@ -1,9 +1,11 @@
 """The bug museum: twelve runs with a wrong line each, what they show, and the judge who hears the diagnosis."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from grpo_lab import GRPOConfig, GRPOTrainer, StepRecord, pocket, rewards
 from grpo_lab.checks import Verdict
@@ -48,15 +50,15 @@ def recorded(exhibit: str) -> RecordedRun:
 
 
 def first_numbers(exhibit: str) -> dict[str, float]:
-    """What the first rollout says, before anything has been learned."""
+    """What the first rollout says, before anything has been learned: at its first update (@1) and at its last."""
     rows = recorded(exhibit).metrics[: SETTINGS["num_iterations"]]
     return {
-        "largest |log p of sampler - scorer|": rows[0][DIFFERENCE],
-        "KL at step 1": rows[0]["kl"],
+        "|Δlog p|": rows[0][DIFFERENCE],
+        "KL@1": rows[0]["kl"],
         "length": rows[0]["completions/mean_length"],
         "entropy": rows[0]["entropy"],
-        "clipped at update 4": rows[-1]["clip_ratio/region_mean"],
-        "KL at update 4": rows[-1]["kl"],
+        f"clipped@{len(rows)}": rows[-1]["clip_ratio/region_mean"],
+        f"KL@{len(rows)}": rows[-1]["kl"],
     }
 
 
@@ -72,6 +74,40 @@ def judge(exhibit: str, answer) -> Verdict:
         return Verdict(title, "not yet", "no. What would you expect to see if it were that?", suspect.expect)
     lines = {f"right, in {suspect.function}": suspect.right, "the line of this exhibit": suspect.wrong}
     return Verdict(title, "ok", f"yes, {suspect.name}. Here is the line.", suspect.cure, {}, lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Hearing:
+    """What the judge says to a whole diagnosis: a verdict for each letter that was answered, and how many are right."""
+
+    verdicts: dict[str, Verdict]
+
+    @property
+    def answered(self) -> list[Verdict]:
+        """Those that are not to do."""
+        return [verdict for verdict in self.verdicts.values() if verdict.state != "to do"]
+
+    @property
+    def sum(self) -> str:
+        """How many are named."""
+        return f"{sum(map(bool, self.verdicts.values()))} of {len(self.verdicts)} named"
+
+    def __bool__(self) -> bool:
+        return all(self.verdicts.values())
+
+    def __repr__(self) -> str:
+        return "\n".join([*map(repr, self.answered or [_NOTHING]), self.sum])
+
+    def _repr_html_(self) -> str:
+        return "".join(verdict._repr_html_() for verdict in self.answered or [_NOTHING]) + f"<p>{self.sum}</p>"
+
+
+_NOTHING = Verdict("exhibits", "to do", "no diagnosis yet.")
+
+
+def hear(diagnosis: Mapping[str, Any]) -> Hearing:
+    """The judge, for each letter of EXHIBITS; a letter that is left out is to do."""
+    return Hearing({exhibit: judge(exhibit, diagnosis.get(exhibit)) for exhibit in EXHIBITS})
 
 
 def late(rows: Sequence[dict], name: str) -> float:

@@ -1,5 +1,6 @@
 """The pictures of the bug museum: its exhibits, and runs that collapsed beside five that did not."""
 
+import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
@@ -71,9 +72,10 @@ def draw_curves(figure, exhibit: str) -> str:
     _tidy(figure, bottom=0.12, top=0.92, wspace=0.25, hspace=0.3)
     ends = [recorded(e).info["after"] for e in (exhibit, HEALTHY)]
     right = [f"{a['eval/pass@1']:.0%} ({a['eval/pass@1_low']:.0%} to {a['eval/pass@1_high']:.0%})" for a in ends]
+    first, second = ", ".join(words[:3]), ", ".join(words[3:])
     return (
         f"Exhibit {exhibit}, solid; the healthy run dashed and in brackets. Last three rollouts:\n"
-        f"{', '.join(words)}.\nRight on held-out problems, by the right reward: {right[0]}; healthy {right[1]}."
+        f"{first},\n{second}.\nRight on held-out problems, by the right reward: {right[0]}; healthy {right[1]}."
     )
 
 
@@ -93,9 +95,8 @@ def draw_samples(figure, exhibit: str, look: str) -> str:
             figure.text(left, y, _short(row["completion"]), family="monospace", fontsize=12)
             figure.text(left + 0.2, y, f"{row['reward']:.0f}       {row['advantage']:+.2f}", fontsize=11,
                         family="monospace", color=colour)  # fmt: skip
-        words.append(
-            f"{group[0]['prompt']} " + ", ".join(f"{_short(r['completion'])} {r['advantage']:+.2f}" for r in group)
-        )
+        wins, kinds = sum(row["reward"] == 1 for row in group), len({row["completion"] for row in group})
+        words.append(f"{group[0]['prompt']} {len(group)} completions, {kinds} different ones; {wins} earn 1.")
     return "\n".join(words)
 
 
@@ -130,6 +131,8 @@ def draw_collapse(figure, run: str) -> str:
     first = {}
     for panel, (name, (label, colour)) in zip(figure.subplots(2, 3).flat, SIGNS.items(), strict=True):
         values, (low, high) = [row[name] for row in ours.metrics], band(healthy, name)
+        most = 1.0 if name in ("reward", "frac_reward_zero_std") else math.inf
+        low, high = [max(0.0, x) for x in low], [min(most, x) for x in high]  # what is possible at all
         steps = range(1, len(values) + 1)
         panel.fill_between(steps, low, high, color="#bbbbbb", alpha=0.6, linewidth=0)
         panel.plot(steps, values, color=colour, linewidth=1.6)
@@ -147,7 +150,7 @@ def draw_collapse(figure, run: str) -> str:
     order = ", ".join(f"{name} {step}" for name, step in sorted(first.items(), key=lambda item: item[1]))
     return (
         f"Right on held-out problems: {ours.info['before']['eval/pass@1']:.0%} before, {after:.0%} after.\n"
-        f"First step outside the band of five healthy seeds, three steps in a row: {order}.\n{ours.label}"
+        f"First step outside the band of five healthy seeds, three steps in a row:\n{order}.\n{ours.label}"
     )
 
 

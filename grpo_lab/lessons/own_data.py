@@ -57,7 +57,13 @@ judge = Judge(
         Case("one that begins with another number earns 0", ("3,5,7:22=",), ("5*3+7",), (3,)),
         Case("each completion has its own number", ("3,5,7:22=", "5,9,2:47="), ("3*5+7", "5*9+2"), (3, 5)),
         Case("the number must come first, not somewhere", ("3,5,7:22=",), ("7+3*5",), (3,)),
-        Case("the model may say nothing", ("3,5,7:22=",), ("",), (3,)),
+        Case(
+            "the model may say nothing",
+            ("3,5,7:22=",),
+            ("",),
+            (3,),
+            stumbles="the model may say nothing: an empty completion has no first character",
+        ),
         Case("35 is one number, not a 3 and a 5", ("3,5,7:42=",), ("35+7",), (3,)),
     ),
     diagnoses={
@@ -85,7 +91,7 @@ def draw_weights(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]]]
             last.append(f"{name.split('/')[1]} {sum(values[-5:]) / 5:.2f}")
         panel.set(title=title, xlabel="optimizer step", ylim=(0, 1))
         panel.spines[["top", "right"]].set_visible(False)
-        lines.append(f"{title}: mean of the last five steps: {', '.join(last)}")
+        lines.append(f"{title}; last five steps: {', '.join(last)}")
     figure.axes[0].set_ylabel("mean reward, unweighted")
     figure.axes[0].legend(frameon=False, loc="center right")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ def draw_bradley_terry(figure: Figure, chosen: float, rejected: float) -> str:
     gap = chosen - rejected
     chance = 1 / (1 + np.exp(-gap))
     for panel, here in zip(figure.axes, (chance, loss.item()), strict=True):
-        panel.plot(gap, here, "o", color="black", markersize=7)
+        panel.plot(gap, here, "o", color="black", markersize=7, clip_on=False)
     return (
         f"scores {chosen:+.1f} and {rejected:+.1f}: the chosen one wins with probability {chance:.2f}, "
         f"loss {loss.item():.2f} nats\n"
@@ -84,15 +84,14 @@ def draw_reward_model(figure: Figure, losses: Sequence[float], hidden: Tensor, l
 def draw_hacked(figure: Figure, runs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
     """What was paid and what was meant, against the step, for runs by the name of their reward (those of PAID)."""
     paid, meant = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.08, right=0.9, bottom=0.17, top=0.88, wspace=0.42)
+    figure.subplots_adjust(left=0.08, right=0.85, bottom=0.17, top=0.88, wspace=0.28)
     for panel, which in ((paid, 0), (meant, 1)):
         for name, curves in runs.items():
             colour, line = PAID[name]
             values = running_mean(curves[which], 2)
-            panel.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=2.2)
-            height = values[-1] * (0.75 if panel is paid and name == "exact" else 1)  # below "capped"
-            panel.text(len(values) + 0.6, height, name, va="center", fontsize=9)
+            panel.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=2.2, label=name)
         panel.set(xlabel="optimizer step")
+    meant.legend(frameon=False, title="paid by", loc="center left", bbox_to_anchor=(1, 0.5))
     paid.set(title="What is paid", ylabel="mean reward, log scale", yscale="log", ylim=(0.2, 60))
     paid.set_yticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
     paid.set_yticks([], minor=True)

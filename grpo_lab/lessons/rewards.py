@@ -154,9 +154,10 @@ def right(prompts, completions, **columns):
     return countdown(prompts, completions)
 
 
-def short_run(reward, folder: str, *, steps: int = 30) -> GRPOTrainer:
-    """A trainer of a fresh pocket model that is paid by `reward` alone, and watched by `right`."""
-    model, tokenizer = pocket.load()
+def short_run(reward, folder: str, *, model: PreTrainedModel | None = None, steps: int = 30) -> GRPOTrainer:
+    """A trainer of a model, by default a fresh pocket model, that is paid by `reward` alone and watched by `right`."""
+    fresh, tokenizer = pocket.load()
+    model = fresh if model is None else model
     config = GRPOConfig.preset(
         "pocket", kl_coef=0.0, batch_size=8, max_steps=steps, save_steps=steps, reward_weights=(1.0, 0.0),
         output_dir=folder, overwrite_output_dir=True,

@@ -116,7 +116,7 @@ def draw_distribution(figure: Figure, after: str, temperature: float, top_k: int
     kept = [token for token in drawn.argsort(descending=True).tolist() if drawn[token] > 0]
     entropy = token_entropies(z.view(1, 1, -1), temperature=temperature).item()
     return (
-        f"likeliest to be drawn: {', '.join(f'{names[t]} {drawn[t]:.3f}' for t in kept[:4])}\n"
+        f"likeliest to be drawn: {', '.join(f'{names[t]!r} {drawn[t]:.3f}' for t in kept[:4])}\n"
         f"{len(kept)} of {len(z)} tokens kept; those cut had {1 - model[kept].sum().clamp(max=1):.3f} of the model's "
         f"probability; entropy at this temperature, before the cut: {entropy:.2f} nats"
     )
@@ -139,7 +139,7 @@ def cells(rollouts: Rollouts, names: Sequence[str], show: str) -> tuple[list[lis
             value = {
                 "token": token, "attention mask": str(int(real[r, c])), "position": str(int(position[r, c])),
                 "completion mask": str(int(rollouts.completion_mask[r, t])) if t >= 0 else "",
-                "log-probability": f"{rollouts.logprobs[r, t]:.1f}" if t >= 0 else "",
+                "log-probability": f"{rollouts.logprobs[r, t].round(decimals=1) + 0.0:.1f}" if t >= 0 else "",
             }[show]  # fmt: skip
             kinds[-1].append(kind)
             values[-1].append(value)

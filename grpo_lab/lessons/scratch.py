@@ -49,27 +49,34 @@ def training_step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_log
 
 
 def logits_for(model, rollouts):
-    """The policy as `training_step` calls it: tokens [B, T] -> the logits [B, T, V] that predict them."""
-    return lambda tokens: completion_logits(model, rollouts.input_ids, rollouts.attention_mask, tokens.shape[1])
+    """The policy as `training_step` calls it: tokens [B, T] -> their logits [B, T, V]."""
+    ids, attention = rollouts.input_ids, rollouts.attention_mask
+    return lambda tokens: completion_logits(model, ids, attention, tokens.shape[1])
 
 
 def roll_out(model, tokenizer, prompts, K, uniforms):
     """K completions of each prompt, as tensors, as rewards [P, K], and as rows to be looked at."""
-    ids, attention = left_pad([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id)
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids, attention = left_pad(tokens, tokenizer.pad_token_id)
     ends = {"end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id}
     rollouts = sample(model, ids, attention, num_generations=K, uniforms=uniforms, **ends)
     texts = tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
     repeated = [prompt for prompt in prompts for _ in range(K)]
     rewards = torch.tensor(countdown(repeated, texts)).view(len(prompts), K)
-    columns = repeated, texts, rewards.flatten().tolist(), group_advantages(rewards).flatten().tolist()
+    advantages = group_advantages(rewards)
+    columns = repeated, texts, rewards.flatten().tolist(), advantages.flatten().tolist()
     names = "prompt", "completion", "reward", "advantage"
-    return rollouts, rewards, [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rollouts, rewards, rows
 
 
-def grpo_by_hand(model, tokenizer, dataset, *, steps, P=16, K=8, T=16, learning_rate=6e-4, kl_coef=0.02, seed=0):
+def grpo_by_hand(
+    model, tokenizer, dataset, *, steps, P=16, K=8, T=16, learning_rate=6e-4, kl_coef=0.02, seed=0
+):  # fmt: skip
     """GRPO, all of it: trains the model in place, and tells after each step how it went."""
     reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
     order = PromptOrder(len(dataset), P, seed)
     for step in range(steps):
         prompts = [dataset[i]["prompt"] for i in next(order)]
@@ -82,12 +89,14 @@ def grpo_by_hand(model, tokenizer, dataset, *, steps, P=16, K=8, T=16, learning_
         with torch.no_grad():
             old, entropies = completion_scores(model, *where)
             ref = completion_logprobs(reference, *where)
-        training_step(logits_for(model, rollouts), optimizer, tokens, mask, rewards, old, ref, kl_coef)
+        policy = logits_for(model, rollouts)
+        training_step(policy, optimizer, tokens, mask, rewards, old, ref, kl_coef)
 
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in weights if p.grad is not None]
         metrics = {
             "step": step + 1,
             "reward": rewards.mean().item(),
+            "reward_std": rewards.std(1).mean().item(),
             "frac_reward_zero_std": (rewards.std(1) == 0).float().mean().item(),
             "kl": kl_estimate(old, ref, mask)[mask].mean().item(),
             "entropy": entropies[mask].mean().item(),
@@ -141,7 +150,8 @@ def ground_of_group(figure: Figure, group: Group) -> None:
                       label="when sampled")  # fmt: skip
     bars.set_xticks(range(4), [f"{text}\n" for text in group.texts])
     bars.set(xlim=(-0.6, 3.6), ylabel="probability of the completion", title=f"Completions of {PROMPT}")
-    bars.legend(handles=[before, Patch(color=RIGHT, label="now")], frameon=False, loc="upper left")
+    handles = [before, Patch(color=RIGHT, label="now, reward 1"), Patch(color=WRONG, label="now, reward 0")]
+    bars.legend(handles=handles, frameon=False, loc="upper left")
     lines = [Line2D([], [], color="#555555", linestyle=s, label=t) for s, t in zip(STYLES, group.texts, strict=True)]
     ways.legend(handles=lines, frameon=False, loc="upper left", ncols=2)
     ways.set(xlabel="updates on the same four completions", ylabel="probability", title="The way there")

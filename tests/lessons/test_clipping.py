@@ -43,8 +43,8 @@ def test_before_any_update_nothing_is_cut(batch):
 
 @pytest.mark.parametrize(
     ("how", "short", "long"),
-    # two completions of 4 and 16 tokens: 1/2 each; 20 tokens in all; 2 * 32
-    [("sequence-mean", 1 / 8, 1 / 32), ("token-mean", 1 / 20, 1 / 20), ("constant", 1 / 64, 1 / 64)],
+    # two completions of 4 and 16 tokens: 1/2 each; 20 tokens in all; 2 * 64
+    [("sequence-mean", 1 / 8, 1 / 32), ("token-mean", 1 / 20, 1 / 20), ("constant", 1 / 128, 1 / 128)],
 )
 def test_the_pull_on_a_token(how, short, long):
     a, b = clipping.pull((4, 16), how)

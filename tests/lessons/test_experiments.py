@@ -96,6 +96,22 @@ def test_the_forest_shows_the_paired_differences():
     assert f"{100 * middle:+.1f}" in words
 
 
+def test_where_there_is_nothing_to_find_the_power_figure_counts_false_alarms_of_both_signs():
+    words = experiments_figures.draw_power(Figure(), 3, 0.0, 1.0)
+    assert "nothing to find" in words
+    share = int(words.split(" seeds: ")[1].split("%")[0])
+    assert share == pytest.approx(5, abs=2)  # 4 standard errors of 2000 experiments
+
+
+def test_eight_lines_share_two_looks_and_five_have_their_own():
+    crowd, few = Figure(), Figure()
+    experiments_figures.draw_sweep(crowd, "variant", experiments.MEASURES[0])
+    experiments_figures.draw_sweep(few, "K", experiments.MEASURES[0])
+    looks = [len({(line.get_color(), line.get_linestyle()) for line in f.axes[0].lines}) for f in (crowd, few)]
+    assert looks == [2, 5]
+    assert [text.get_text() for text in crowd.axes[0].get_legend().texts] == ["grpo", "the 7 others"]
+
+
 def test_the_power_figure_marks_the_chosen_seeds():
     figure = Figure()
     words = experiments_figures.draw_power(figure, 5, 2.0, 1.0)

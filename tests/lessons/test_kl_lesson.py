@@ -108,7 +108,8 @@ def test_the_recorded_sweep_averages_the_seeds():
     drift.ground_of_sweep(figure := Figure(), sweeps)
     words = drift.draw_sweep(figure, sweeps, "0.5")
     assert "50%, 50% (seeds 0 to 1)" in words
-    assert "KL at the end: 0.100" in words
+    assert "KL 0.100 nats per token, reward 0.30" in words
+    assert [text.get_text() for text in figure.axes[0].texts] == ["β 0", "β 0.5"]  # the higher one first
     assert "not computed" in drift.draw_sweep(figure, sweeps, "0")
 
 

@@ -99,8 +99,8 @@ def test_real_groups_are_counted_by_right_answers():
     ground = partial(figures.ground_of_rollouts, rewards=rewards)
     figure, text = words(figures.draw_rollouts, rewards, 1, ground=ground)
     assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([0.25, 0.5, 0.25])
-    assert "mean reward 0.50; dead groups 0.50 of 4" in text
-    assert "equally hard: 0.50; all wrong 0.25, all right 0.25" in text
+    assert "mean reward 0.50; 2 of 4 groups are dead; were all prompts equally hard, 2.0 would be" in text
+    assert "with 0 to 2 right answers: 0.25 0.50 0.25" in text
 
 
 def test_recorded_runs_are_averaged_over_seeds():

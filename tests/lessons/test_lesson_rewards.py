@@ -96,6 +96,11 @@ def test_part_marks_are_hacked_and_the_rule_watches(tmp_path):
     assert sum(right[-3:]) < sum(right[:3])
 
 
+def test_a_run_goes_on_from_a_model_that_was_trained(tmp_path):
+    hacked = lesson.short_run(lesson.part_marks, str(tmp_path / "a"), steps=1).model
+    assert lesson.short_run(lesson.right, str(tmp_path / "b"), model=hacked).model is hacked
+
+
 def test_the_figures_say_what_they_draw():
     figures.ground_of_bradley_terry(figure := Figure())
     assert "probability 0.88" in figures.draw_bradley_terry(figure, 1.0, -1.0)

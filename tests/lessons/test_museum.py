@@ -60,6 +60,20 @@ def test_the_judge_answers_a_wrong_diagnosis_with_what_one_would_see_and_gives_n
     assert [museum.judge("A", odd).state for odd in (0, 13, "clip", 2.5)] == ["not yet"] * 4
 
 
+def test_a_hearing_shows_what_was_answered_and_counts_what_is_right():
+    end = list(EXHIBITS.values()).index("end")
+    number = next(n for n, name in museum.SUSPECTS.items() if name == BUGS["end"].name)
+    some = museum.hear({"A": number, "B": number, "C": ...})
+    assert end == 0
+    assert not some
+    assert [verdict.state for verdict in some.answered] == ["ok", "not yet"]
+    assert repr(some).endswith("1 of 12 named")
+    assert some._repr_html_().count('role="status"') == 2
+    assert repr(museum.hear({})) == "[to do] exhibits: no diagnosis yet.\n0 of 12 named"
+    numbers = {name: number for number, name in museum.SUSPECTS.items()}
+    assert museum.hear({letter: numbers[BUGS[bug].name] for letter, bug in EXHIBITS.items()})
+
+
 @pytest.mark.parametrize("exhibit", [museum.HEALTHY, *EXHIBITS])
 def test_recordings_are_whole_and_do_not_name_their_bug(exhibit):
     run = museum.recorded(exhibit)

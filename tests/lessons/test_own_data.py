@@ -33,6 +33,14 @@ def test_the_judge_names_each_mistake(sentence):
     assert sentence in verdict.message
 
 
+def test_the_judge_expects_that_an_empty_completion_makes_a_function_fail():
+    def by_first_character(prompts, completions, first):
+        return [float(c[0] == str(f)) for c, f in zip(completions, first, strict=True)]
+
+    message = own_data.judge(by_first_character).message
+    assert message == "the model may say nothing: an empty completion has no first character."
+
+
 def test_the_judge_sees_a_stub():
     assert own_data.judge(lambda prompts, completions, first: ...).state == "to do"
 
@@ -42,4 +50,4 @@ def test_the_curves_are_the_two_rewards():
     figure = Figure()
     words = own_data.draw_weights(figure, {"a": rows, "b": rows})
     assert figure.axes[1].lines[2].get_ydata().tolist() == [n / 10 for n in range(1, 7)]
-    assert "a: mean of the last five steps: countdown 0.50, begins_with 0.40" in words
+    assert "a; last five steps: countdown 0.50, begins_with 0.40" in words
