@@ -50,8 +50,9 @@ GROWTH = {
     "vocabulary": ("vocabulary", (1000, 8000, 50000, 150000)),
 }
 GROWTH_WORK = {"prompts": 4, "K": 8, "prompt_tokens": 32, "new_tokens": 16, "steps": 3, "threads": 1}
+# what is turned off; the last two at beta 0, where there is something to skip
 SWITCHES = ("sharing in training", "sharing in sampling", "own sampler", "own sampler, static cache instead",
-            "idle groups skipped", "one thread")  # fmt: skip
+            "one thread", "KL", "KL, and skipping of idle groups")  # fmt: skip
 BETA = 0.02
 
 
@@ -117,7 +118,7 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
     model.config.name_or_path = f"{folder}/model"  # where TRL looks for its reference
     config = GRPOConfig(
         num_generations_per_prompt=work["K"], max_new_tokens=work["new_tokens"], temperature=1.0, top_k=0, top_p=1.0,
-        batch_size=work["prompts"], gradient_accumulation_steps=1, kl_coef=BETA * (off != "idle groups skipped"),
+        batch_size=work["prompts"], gradient_accumulation_steps=1, kl_coef=BETA * (not off.startswith("KL")),
         learning_rate=6e-4 if name == "pocket" else 1e-5, warmup_steps=0, max_steps=work["steps"] + 2, save_steps=10**6,
         logging_steps=10**6, output_dir=f"{folder}/{library}", overwrite_output_dir=True, device=device,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def ours(model, tokenizer, prompts, reward, config, off, steps):
         run._score_under = lambda model, rollouts, score: score(
             model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens, share=False
         )
-    if off == "idle groups skipped":
+    if "idle groups" in off:
         trainer.cut, whole = (lambda r, k, budget, idle: whole(r, k, budget, idle & False)), trainer.cut
     if off == "sharing in sampling":  # prompts, and rows that are the same so far
         plain, K = run.sample, config.num_generations_per_prompt

@@ -118,8 +118,11 @@ def available_cores() -> int:
     slower than one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
-        return cores
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups, version 2 and 1
+        try:
+            quota, period = " ".join((Path("/sys/fs/cgroup") / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return max(1, min(cores, int(quota) // int(period)))
+        except (OSError, ValueError):  # not this version, or no quota ("max", -1)
+            continue
+    return cores

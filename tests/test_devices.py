@@ -19,6 +19,20 @@ def test_threads_follow_the_containers_quota(monkeypatch, quota, cores):
     assert devices.available_cores() == cores
 
 
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("100000", 1), ("250000", 2), ("50000", 1)])
+def test_threads_follow_the_quota_of_older_kernels_too(monkeypatch, quota, cores):
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    files = {"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": "100000"}
+
+    def read(path):
+        if path.name not in files:
+            raise FileNotFoundError(path)
+        return files[path.name] + "\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert devices.available_cores() == cores
+
+
 def test_a_small_model_gets_one_thread_and_a_large_one_all_cores(monkeypatch):
     monkeypatch.setattr(devices, "available_cores", lambda: 4)
     assert devices.threads_for(nn.Linear(10, 10)) == 1
