@@ -1,5 +1,5 @@
 # Three commands. Each makes .venv on its first run and only uses it from then on.
-#   make demo   train the embedded model on this machine, in about a minute
+#   make demo   train the embedded model on this machine, within a minute
 #   make test   run every test
 #   make lab    open the notebooks in JupyterLab
 

@@ -8,7 +8,8 @@
 Ours and TRL's trainer take turns, each time in a new process: same model, prompts, K, lengths, loss and threads.
 The limit is the arithmetic of a step (2 operations per weight and token forward, 4 backward; sampler, reference and
 policy read each prompt once and each completion whole) at the rate of one large matrix product, measured in the same
-process. Where completions repeat one another, as the pocket model's do, less than that is needed.
+process. Where completions repeat one another, as the pocket model's do, less than that is needed. "Reading" is another
+limit, of the sampler: every weight once for each token of a completion, at the rate of a large copy.
 
 Prints a table; writes benchmarks/results/speed-NAME.json (or --output) and a picture beside it.
 """
@@ -136,6 +137,7 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
     head = model.lm_head.weight.numel()
     read = work["prompts"] * work.get("prompt_tokens", 11)  # 9 to 13 in Countdown
     arithmetic = 10 * (body * (read + tokens / len(seconds)) + head * tokens / len(seconds))
+    wide = 2 if device == "cuda" else 4  # bytes of a weight
     peak = (
         torch.cuda.max_memory_allocated() if device == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -144,6 +146,8 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
         "step": statistics.median(seconds),
         "tokens_per_second": tokens / sum(generating),
         "sampling": statistics.median(generating),
+        # a pass for each token of a completion reads every weight
+        "reading": tokens / len(seconds) / work["prompts"] / work["K"] * (body + head) * wide / bandwidth(device),
         # until the mean reward of five steps is 0.8, the first step and whatever precedes it included
         "seconds_to_80": next(
             (at - began for (at, _), *five in _windows(judged) if statistics.mean(r for _, r in five) >= 0.8), math.inf
@@ -261,6 +265,19 @@ def rate(device: str) -> float:
     return 2 * size**3 / best
 
 
+def bandwidth(device: str) -> float:
+    """Bytes per second that a large copy reads and writes; the best of seven."""
+    import torch
+
+    source, best = torch.ones(2**26, device=device), float("inf")
+    target = torch.empty_like(source)
+    for _ in range(7):
+        began = time.perf_counter()
+        target.copy_(source)[0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.nbytes / best
+
+
 # --- all of them, in turn -----------------------------------------------------------------------------------
 
 
@@ -305,7 +322,8 @@ def table(results: dict[str, dict]) -> str:
     for job, row in results.items():
         lines.append(
             f"{job:44}{row['step']:9.3f}{row['step_low']:9.3f}{row['step_high']:9.3f}{row['tokens_per_second']:10.0f}"
-            f"{row['limit']:9.3f}{row['limit'] / row['step']:7.0%}{row['peak_gib']:10.2f}"
+            f"{row['limit']:9.3f}{row['limit'] / row['step']:7.0%}"
+            f"{row['sampling']:11.3f}{row['reading']:10.3f}{row['peak_gib']:10.2f}"
             + (f"{row['seconds_to_80']:11.1f}" if math.isfinite(row["seconds_to_80"]) else f"{'-':>11}")
         )
     return "\n".join(lines)
@@ -324,7 +342,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         panel.barh(jobs, steps, color=["#0072B2" if job.startswith("ours") else "#BBC4CC" for job in jobs])
         panel.plot([results[job]["limit"] for job in jobs], jobs, "|", color="black", markersize=16, label="arithmetic")
         for job, step in zip(jobs, steps, strict=True):
-            panel.text(step, job, f" {step:.2f} s", va="center")
+            panel.text(max(step, results[job]["limit"]), job, f"  {step:.2f} s", va="center")
         panel.set(xlabel="seconds per step", xlim=(0, 1.12 * max(steps)))
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
@@ -337,7 +355,12 @@ def draw(results: dict[str, dict], path: Path) -> None:
                     # policy, reference, gradient and Adam's two averages
                     heights = [r["peak_gib"] - 5 * r["weights_gib"] if figures == "beyond" else r["step"] for r in rows]
                     panel.plot(values, heights, "o-", color=colour, label="TRL" if library == "trl" else "ours")
-                panel.set(xlabel=axis, xscale="log", ylim=(0, None), ylabel=label if column == 0 else "")
+                panel.set(
+                    xlabel=axis if axis in ("K", "vocabulary") else f"tokens of a {axis}",
+                    xscale="log",
+                    ylim=(0, None),
+                    ylabel=label if column == 0 else "",
+                )
                 panel.set_xticks(values, [str(v) if v < 1000 else f"{v // 1000}k" for v in values])
                 panel.minorticks_off()
                 panel.spines[["top", "right"]].set_visible(False)

@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train",
         help="train a model",
         description="Train a causal language model with GRPO. With no flags at all: the embedded pocket model learns "
-        "Countdown on a CPU in about a minute.",
+        "Countdown on a CPU within a minute.",
     )
     train.set_defaults(command=train_command)
 
