@@ -59,11 +59,12 @@ def first_of_each(*columns: Tensor) -> tuple[Tensor, Tensor]:
     >>> first_of_each(torch.tensor([[7, 7], [1, 2], [7, 7]]))
     (tensor([1, 0, 1]), tensor([1, 0]))
     """
-    rows = torch.cat([column.flatten(1).long() for column in columns], 1)
+    # on the CPU, where every device can: whoever asks waits for the answer in any case
+    rows = torch.cat([column.flatten(1).long() for column in columns], 1).cpu()
     _, number = rows.unique(dim=0, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
+    places = torch.arange(len(rows))
     first = places.new_full((int(number.max()) + 1,), len(rows)).scatter_reduce(0, number, places, "amin")
-    return number, first
+    return number.to(columns[0].device), first.to(columns[0].device)
 
 
 def position_ids(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -146,7 +147,15 @@ def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
         ids = torch.tensor([[0, 1, 0]], device=head.weight.device)
         probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with torch.no_grad(), evaluating(model):
-            _separable[model] = torch.equal(head(body(**probe).last_hidden_state), model(**probe).logits)
+            try:
+                _separable[model] = torch.equal(head(body(**probe).last_hidden_state), model(**probe).logits)
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ):  # its body wants other inputs, or gives others
+                _separable[model] = False
     return (body, head) if _separable[model] else (None, nn.Identity())
 
 

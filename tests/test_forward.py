@@ -100,6 +100,16 @@ def test_a_head_that_is_not_all_that_follows_the_body_is_not_taken_alone(name, a
     assert torch.allclose(ours, whole[:, -rows.num_tokens - 1 : -1], atol=1e-5)
 
 
+def test_a_body_that_cannot_be_asked_is_left_in_its_model(model, monkeypatch):
+    rows = rollouts(model)
+    expected = completion_logprobs(model, rows.input_ids, rows.attention_mask, rows.num_tokens)
+    again = tiny_model()
+    monkeypatch.setattr(type(again), "base_model_prefix", "lm_head")  # takes no input_ids
+    values = completion_logprobs(again, rows.input_ids, rows.attention_mask, rows.num_tokens)
+    assert not forward._separable[again]
+    assert torch.allclose(values, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 12, 13])
 def test_a_completion_needs_a_token_and_something_before_it(model, num_tokens):
     with pytest.raises(ValueError, match=f"at least one column of prompt: got {num_tokens} of 12 columns"):
