@@ -55,8 +55,8 @@ from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, s
 from grpo_lab.scoring import completion_logprobs, completion_scores
 
 WHY_ZERO = (
-    "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says nothing, "
-    "only its gradient does. Watch reward, grad_norm and frac_reward_zero_std."
+    "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says\n"
+    "nothing, only its gradient does. Watch reward, grad_norm and frac_reward_zero_std."
 )
 OUT_OF_MEMORY = (
     "out of memory on {device}, with {rows} completions of up to {length} tokens at a time. Lower one of: "
