@@ -1,7 +1,8 @@
 """What one rollout gives, how it is cut into micro-batches, and what is counted while it is used."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from grpo_lab.advantages import all_equal, group_std
 from grpo_lab.losses import LossTerms
+from grpo_lab.processes import Processes
 from grpo_lab.sampling import Rollouts
 from grpo_lab.scoring import Scores
 
@@ -41,6 +43,15 @@ class MicroBatch:
     """[B, T] in nats as of the first update on this batch; None until then."""
     advantages: Tensor | None = None
     """[B], or [B, T] where gamma < 1."""
+
+    def select(self, start: int, size: int) -> "MicroBatch":
+        """Some of the rows, next to each other."""
+        some = slice(start, start + size)
+        tensors = {f.name: v[some] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        rollouts = {
+            f.name: v if v is None else v[some] for f in fields(Rollouts) for v in [getattr(self.rollouts, f.name)]
+        }
+        return replace(self, rollouts=Rollouts(**rollouts), **tensors)
 
     def token_rows(self) -> Iterator[tuple[int, dict[str, list]]]:
         """Each completion's row, its tokens and their log-probabilities in nats, to four decimals, to be logged."""
@@ -94,14 +105,27 @@ class Batch:
     """Optimizer steps made on it so far."""
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any], device) -> "Batch":
-        """Undo `dataclasses.asdict`."""
+    def restored(
+        cls, saved: list[dict[str, Any]], processes: Processes, num_generations: int, device
+    ) -> "Batch | None":
+        """What this process has of a batch that was saved by `dataclasses.asdict`, one of each process; None of none.
+
+        With another number of processes the groups are shared out anew.
+        """
+        if not saved:
+            return None
 
         def part(values: dict[str, Any]) -> MicroBatch:
             tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
             return MicroBatch(**{**values, **tensors, "rollouts": Rollouts(**values["rollouts"]).to(device)})
 
-        return cls(**{**saved, "parts": [part(p) for p in saved["parts"]]})
+        if len(saved) == processes.count:
+            mine = saved[processes.index]
+            return cls(**{**mine, "parts": [part(values) for values in mine["parts"]]})
+        parts = [part(values) for batch in saved for values in batch["parts"]]
+        groups = [(p, start) for p in parts for start in range(0, len(p.rows), num_generations)]
+        mine = [p.select(start, num_generations) for p, start in (groups[i] for i in processes.share(len(groups)))]
+        return cls(**{**saved[0], "parts": mine})
 
 
 @dataclass
@@ -116,6 +140,16 @@ class UpdateSums:
     difference: float = 0.0
     largest_difference: float = 0.0
     largest_kl: float = 0.0
+
+    @classmethod
+    def merged(cls, several: list["UpdateSums"]) -> "UpdateSums":
+        """Of all processes."""
+        return cls(
+            **{
+                f.name: (max if f.name.startswith("largest") else math.fsum)(getattr(sums, f.name) for sums in several)
+                for f in fields(cls)
+            }
+        )
 
     def add(self, terms: LossTerms, scores: Scores, part: MicroBatch) -> None:
         """Count one micro-batch in."""
@@ -132,17 +166,15 @@ class UpdateSums:
             self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
 
 
-def batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
-    """What a rollout says of itself: rewards [P, K], of each function [B], lengths in tokens."""
-    lengths = torch.cat([part.rollouts.completion_mask.sum(1) for part in parts]).float()
-    ended = torch.cat([part.rollouts.ended for part in parts])
+def batch_metrics(lengths: Tensor, ended: Tensor, rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
+    """What a rollout says of itself: lengths in tokens [B], whether ended [B], rewards [P, K], of each function [B]."""
     metrics = {
         "reward": rewards.nanmean().item(),
         "reward_std": group_std(rewards).mean().item(),
         "frac_reward_zero_std": all_equal(rewards).float().mean().item(),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
+        "completions/mean_length": lengths.float().mean().item(),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": (~ended).float().mean().item(),
     }
     return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}

@@ -32,7 +32,7 @@ RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "success_reward", "use_wandb", "wandb_project", "wandb_run_name", "report_to", "device", "max_skipped_steps",
-    "gradient_checkpointing", "reward_timeout",
+    "gradient_checkpointing", "reward_timeout", "fsdp",
 }  # fmt: skip
 
 
@@ -141,9 +141,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     try:
         if is_adapted(model):
             return load_adapter(model, folder)
-        with without_progress_bars():  # float32 holds what was saved in any precision; each weight is cast to its own
+        # float32 holds what was saved in half precision too; each weight is cast to its own
+        widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+        wide = widest if widest == torch.float64 else torch.float32
+        with without_progress_bars():
             saved, report = type(model).from_pretrained(
-                folder, config=model.config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, config=model.config, dtype=wide, local_files_only=True, output_loading_info=True
             )
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
             raise ValueError(f"no weights for {', '.join(missing[:3])}")

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # what a model writes may not exist in the terminal's alphabet
     options = make_parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        # of several processes one speaks; the others only say what stops them
+        quiet = redirect_stdout(io.StringIO()) if _rank() > 0 else nullcontext()
+        with warnings.catch_warnings(), quiet:
             warnings.showwarning = _say_warning
             return options.command(options)
     except KeyboardInterrupt as interrupt:
@@ -38,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if options.debug:
             raise
-        print(f"grpo-lab: {_one_sentence(error)}", file=sys.stderr)
+        print(f"{_speaker()}: {_one_sentence(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # a fault of ours, or of a library
         if options.debug:
             raise
         print(
-            f"grpo-lab: unexpected {type(error).__name__}: {_one_sentence(error)} (--debug shows where)",
+            f"{_speaker()}: unexpected {type(error).__name__}: {_one_sentence(error)} (--debug shows where)",
             file=sys.stderr,
         )
         return 1
@@ -55,10 +58,20 @@ def _one_sentence(error: Exception) -> str:
     return " ".join(part if len(part) <= 1000 else f"{part[:999]}…" for part in words)
 
 
+def _rank() -> int:
+    # as the launchers of several processes say it
+    return int(os.environ.get("RANK", 0))
+
+
+def _speaker() -> str:
+    return f"grpo-lab, process {_rank()}" if "RANK" in os.environ else "grpo-lab"
+
+
 def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"grpo-lab: {' '.join(str(message).split())}", file=sys.stderr)  # above the bar, not into it
+    if _rank() == 0:
+        tqdm.write(f"grpo-lab: {' '.join(str(message).split())}", file=sys.stderr)  # above the bar, not into it
 
 
 def _and_how_to_go_on(interrupt: KeyboardInterrupt) -> str:
@@ -208,6 +221,7 @@ def train_command(options: argparse.Namespace) -> int:
     if before is not None and after is not None:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
+    trainer.accelerator.end_training()
     return 0
 
 
@@ -367,8 +381,10 @@ def _headline(trainer, name: str) -> str:
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     cores = torch.get_num_threads()
-    threads = f", {cores} thread{'s' if cores > 1 else ''}" if trainer.device.type == "cpu" else ""
-    return f"GRPO on {name} ({parameters / 1e6:.2f} M parameters) · {trainer.device.type}, {trainer.precision}{threads}"
+    where = f"{trainer.device.type}, {trainer.precision}"
+    where += f", {cores} thread{'s' if cores > 1 else ''}" if trainer.device.type == "cpu" else ""
+    where += f" · {trainer.processes.count} processes" if trainer.processes.count > 1 else ""
+    return f"GRPO on {name} ({parameters / 1e6:.2f} M parameters) · {where}"
 
 
 def _sizes(trainer) -> str:

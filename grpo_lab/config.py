@@ -111,6 +111,10 @@ class GRPOConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
+    fsdp: bool = False
+    """Of several processes, each keeps a shard of the trained weights, their gradients and the optimizer's state, and a
+    whole copy of the weights to sample with. Without it each keeps everything."""
+
     # Logging and saving
     logging_steps: int = 10
     """Log metrics (means since the last log) and completions every N optimizer steps."""

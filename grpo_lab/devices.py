@@ -18,7 +18,7 @@ def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], fol
     The model itself is not handed to it: `autocast` below says what is computed in half precision, so that
     logits are not turned into float32 all at once, and the user's model stays as it was.
 
-    Raises: ValueError if started in several processes, which is not supported yet.
+    Raises: ValueError if its launcher asks for what is not done through it.
     """
     available = sorted(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())
     if missing := [tracker for tracker in trackers if tracker not in available]:
@@ -32,8 +32,11 @@ def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], fol
         log_with=list(trackers) or None,
         project_dir=folder,
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(f"training uses one process, but {accelerator.num_processes} were started. Use no launcher.")
+    if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ValueError(
+            f"the launcher asks for {accelerator.distributed_type.value}. Start processes alone (accelerate launch "
+            "--multi_gpu), and shard weights between them with --fsdp."
+        )
     return accelerator
 
 
@@ -112,17 +115,18 @@ def threads_for(model: nn.Module) -> int:
 
 
 def available_cores() -> int:
-    """The cores that this process really has: its CPU set, and the quota of its container.
+    """The cores that this process really has: its CPU set, the quota of its container, its share beside others.
 
     A container with half a core sees all of the machine's; two threads on one busy core are many times
     slower than one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of one run, as launchers say
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups, version 2 and 1
         try:
             quota, period = " ".join((Path("/sys/fs/cgroup") / name).read_text() for name in names).split()
             if int(quota) > 0:
-                return max(1, min(cores, int(quota) // int(period)))
+                return max(1, min(cores, int(quota) // int(period)) // beside)
         except (OSError, ValueError):  # not this version, or no quota ("max", -1)
             continue
-    return cores
+    return max(1, cores // beside)

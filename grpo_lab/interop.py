@@ -36,6 +36,7 @@ ELSEWHERE = {
     "success_reward": "TRL's evaluation logs mean rewards and counts no right answers",
     "max_skipped_steps": "TRL applies a gradient that is not finite, unless fp16's loss scaling skips it",
     "overwrite_output_dir": "TRL writes into a folder that is not empty without asking",
+    "fsdp": "accelerate launch --use_fsdp",
     "wandb_project": "the environment variable WANDB_PROJECT",
 }
 # what TRL hands to every reward function besides the dataset's columns

@@ -49,6 +49,16 @@ from grpo_lab.devices import (
 from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss
+from grpo_lab.processes import (
+    Processes,
+    as_many,
+    full,
+    gather_state,
+    gather_weights,
+    scatter_state,
+    scatter_weights,
+    shard,
+)
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
 from grpo_lab.reward_models import RewardModel, Rewards
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
@@ -117,8 +127,12 @@ class GRPOTrainer:
         self.precision = resolve_precision(config.precision, device)
         self.accelerator = make_accelerator(device, self.precision, config.trackers, config.output_dir)
         self.device = self.accelerator.device
+        self.processes = Processes(self.accelerator.num_processes, self.accelerator.process_index)
 
         model = self._prepare_models(model, ref_model)
+        self.policy, self._scores = self.model, completion_scores  # what samples, and how the update scores
+        if config.fsdp:
+            self.policy, self._scores = shard(model, completion_scores, self.processes, self.device)
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
             judge.to(self.device)
@@ -127,6 +141,7 @@ class GRPOTrainer:
         self._sampled_at_once = config.batch_size * (1 if config.gradient_checkpointing else 4)
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         self._check_longest_prompts()
+        self._check_enough_prompts()
 
         self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
         rollouts = self.order.batches_per_epoch * config.num_epochs
@@ -170,9 +185,12 @@ class GRPOTrainer:
                 self.batch = None
             self._after_step(record)
             yield record
-        final = merged(self.model) if is_adapted(self.model) else self.model
-        checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._state())
-        self.accelerator.end_training()
+        final = merged(self.policy) if self.processes.is_first and is_adapted(self.policy) else self.policy
+        self._write(self.output_dir / checkpoints.FINAL, final)
+        for (
+            tracker
+        ) in self.accelerator.trackers:  # not end_training(), which parts the processes: evaluation may follow
+            tracker.finish()
 
     def _next_batch(self) -> Batch:
         position, random = self.order.state_dict(), checkpoints.random_state()
@@ -185,10 +203,14 @@ class GRPOTrainer:
             raise
 
     def collect(self, indices: Sequence[int]) -> Batch:
-        """Sample K completions for each of these prompts, score them, and compare each with its group."""
+        """Sample K completions for each of these prompts, score them, and compare each with its group.
+
+        Each process does so for its share of the prompts; what is said of them is said of all.
+        """
         config, K = self.config, self.config.num_generations_per_prompt
-        rows = [self.train_dataset[i] for i in indices]
-        uniforms = self._uniforms(len(rows) * K, "rollout", self.step)
+        together, share = self.processes.together, self.processes.share(len(indices))
+        uniforms = self._uniforms(len(indices) * K, "rollout", self.step)[share.start * K : share.stop * K]
+        rows = [self.train_dataset[indices[i]] for i in share]
         sampled, texts = [], []
         for start in range(0, len(rows), self._sampled_at_once):
             some = rows[start : start + self._sampled_at_once]
@@ -199,12 +221,10 @@ class GRPOTrainer:
             for start in range(0, len(rows), config.batch_size)
         ]
         rewards = torch.cat([s.total for s in scored])
-        if rewards.isnan().all():
-            raise ValueError("no reward function scored any completion of this step: all returned None or NaN.")
         advantages = self._advantages(rewards)
         rollouts = Rollouts.join(sampled, self.pad_id)
         longest = rollouts.input_ids.shape[1] - rollouts.num_tokens + config.max_new_tokens
-        idle = (advantages.view(-1, K) == 0).all(1) & (config.kl_coef == 0)
+        idle = (advantages.view(-1, K) == 0).all(1) & (config.kl_coef == 0 and not config.fsdp)
         parts = cut(rollouts, K, config.batch_size * K * longest, idle)
         for part in parts:
             part.ref_logprobs = self.reference_logprobs(part.rollouts)
@@ -228,28 +248,38 @@ class GRPOTrainer:
             }
             for i in range(len(texts))
         ]
-        self.num_tokens += sum(int(part.rollouts.attention_mask.sum()) for part in parts)
-        return Batch(parts, completions, batch_metrics(parts, rewards.view(-1, K), by_function))
+        self.num_tokens += int(self.processes.total(sum(int(part.rollouts.attention_mask.sum()) for part in parts)))
+        lengths, ended = rollouts.completion_mask.sum(1).cpu(), rollouts.ended.cpu()
+        metrics = batch_metrics(
+            *(torch.cat(together([mine])) for mine in (lengths, ended)), torch.cat(together([rewards])).view(-1, K),
+            {name: torch.cat(together([mine])) for name, mine in by_function.items()},
+        )  # fmt: skip
+        return Batch(parts, together(completions), metrics)
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        """[B] how much better each completion is than its group, from rewards [B]."""
+        """[B] how much better each completion is than its group, from rewards [B]; of this process, as all see them."""
         config, K = self.config, self.config.num_generations_per_prompt
-        return group_advantages(
-            rewards.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
-        ).flatten()
+        everyone = torch.cat(self.processes.together([rewards])).view(-1, K)
+        if everyone.isnan().all():
+            raise ValueError("no reward function scored any completion of this step: all returned None or NaN.")
+        advantages = group_advantages(
+            everyone, baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
+        )
+        share = self.processes.share(len(everyone))
+        return advantages[share.start : share.stop].flatten()
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the batch: clipped loss with KL to the reference, over all its micro-batches."""
-        config = self.config
-        tokens = sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)
-        completions = sum(len(part.rollouts.ended) for part in batch.parts)
+        config, total = self.config, self.processes.total
+        tokens = int(total(sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)))
+        completions = int(total(sum(len(part.rollouts.ended) for part in batch.parts)))
         sums = UpdateSums()
         self.optimizer.zero_grad()  # whatever an interrupted step or an earlier cell left there
         self.model.train()
-        for part in batch.parts:
+        for part, factor in as_many(batch.parts, self.processes) if config.fsdp else [(p, 1.0) for p in batch.parts]:
             mask = part.rollouts.completion_mask
             with self._autocast(), torch.set_grad_enabled(not part.idle):
-                scores = self._score_under(self.model, part.rollouts, completion_scores)
+                scores = self._score_under(self.model, part.rollouts, self._scores)
             terms = grpo_loss(
                 scores.logprobs,
                 part.old_logprobs,  # None at the first update: the policy is the one that sampled
@@ -267,10 +297,13 @@ class GRPOTrainer:
                 total=tokens if config.aggregation == "token-mean" else completions,
             )
             if not part.idle:
-                self.accelerator.backward(terms.loss)
+                self.accelerator.backward(terms.loss * factor)
+            if factor == 0:
+                continue
             if batch.updates == 0:
                 part.old_logprobs = scores.logprobs.detach()
             sums.add(terms, scores, part)
+        sums = UpdateSums.merged(self.processes.together([sums]))
 
         self.model.eval()  # as from_pretrained gave it
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -296,10 +329,13 @@ class GRPOTrainer:
 
     def _step_optimizer(self) -> float:
         scaler = self.accelerator.scaler
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
+        self.processes.add_gradients(self.model)
+        norm = full(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
         still_scaling = scaler is not None and scaler.get_scale() > 1
         if math.isfinite(norm) or scaler is not None:  # a scaler skips by itself, and must see it
             self.optimizer.step()
+            if self.policy is not self.model:
+                gather_weights(self.model, self.policy)
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.scheduler.step()
@@ -323,9 +359,9 @@ class GRPOTrainer:
         input_ids, mask = left_pad(ids, self.pad_id)
         config = self.config
         settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
-        with evaluating(self.model), self._autocast():
+        with evaluating(self.policy), self._autocast():
             return sample(
-                self.model, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
+                self.policy, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
                 uniforms=uniforms, end_ids=self.end_ids, pad_id=self.pad_id, **settings,
             )  # fmt: skip
 
@@ -378,13 +414,15 @@ class GRPOTrainer:
         rewards: list[float] = []
         size = self._sampled_at_once
         uniforms = self._uniforms(len(dataset) * K, "evaluate", 0)
-        for start in range(0, len(dataset), size):
-            rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+        share = self.processes.share(len(dataset))
+        for start in range(share.start, share.stop, size):
+            rows = [dataset[i] for i in range(start, min(start + size, share.stop))]
             greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)  # whatever the numbers are
             sampled = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K).view(-1, K)
             right += zip((greedy >= self.config.success_reward).tolist(),
                          (sampled >= self.config.success_reward).sum(1).tolist(), strict=True)  # fmt: skip
             rewards += sampled.flatten().tolist()
+        right, rewards = self.processes.together(right), self.processes.together(rewards)
         n = len(right)
         shares = {
             "pass@1_greedy": sum(g for g, _ in right) / n,
@@ -426,9 +464,9 @@ class GRPOTrainer:
         penalties = torch.empty(sum(len(part.rows) for part in parts))
         for part in parts:
             # both sides from the scorer: in half precision the sampler's rounding would pass for a reward
-            logprobs = self._logprobs_under(self.model, part.rollouts)
+            logprobs = self._logprobs_under(self.policy, part.rollouts)
             k1 = kl_estimate(logprobs, part.ref_logprobs, part.rollouts.completion_mask, estimator="k1")
-            penalties[part.rows] = self.config.kl_coef * k1.sum(1).cpu()
+            penalties[part.rows] = self.config.kl_coef * k1.sum(1).float().cpu()
         return penalties
 
     def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
@@ -489,7 +527,9 @@ class GRPOTrainer:
         try:
             with (
                 self._memory(),
-                tqdm(total=self.total_steps, unit="step", dynamic_ncols=True) as bar,
+                tqdm(
+                    total=self.total_steps, unit="step", dynamic_ncols=True, disable=not self.processes.is_first
+                ) as bar,
                 _interrupt_between_steps() as interrupted,
             ):
                 for record in self.steps(resume):
@@ -497,18 +537,19 @@ class GRPOTrainer:
                         bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
                     bar.update(record.step - bar.n)
                     bar.set_postfix_str(_few_words(record.metrics))
-                    if bar.initial == record.step - 1 > 0:
+                    if self.processes.is_first and bar.initial == record.step - 1 > 0:
                         bar.write(f"Resumed after step {bar.initial}.")
-                    if record.step == 1:
+                    if self.processes.is_first and record.step == 1:
                         bar.write(self._first_words())
-                    if interrupted and record.step < self.total_steps:
+                    if self.processes.total(len(interrupted)) and record.step < self.total_steps:
                         self.save(self.output_dir / f"checkpoint-{record.step}")
                         raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
         except Exception as error:
             self._save_what_there_is(error)
             raise
         history = self.metrics_file.read()
-        self._draw(history)
+        if self.processes.is_first:
+            self._draw(history)
         return history
 
     def _first_words(self) -> str:
@@ -538,9 +579,11 @@ class GRPOTrainer:
     def _save_what_there_is(self, error: Exception) -> None:
         """After a fault the state is that of the last whole step: keep it, unless it has been saved."""
         folder = self.output_dir / f"checkpoint-{self.step}"
-        if self.step and not folder.exists():
+        # of several processes others may be gone: only what this one has alone can be saved
+        alone = self.processes.count == 1 or (self.processes.is_first and self.batch is None and not self.config.fsdp)
+        if self.step and alone and not folder.exists():
             with suppress(Exception):  # the fault itself is what matters
-                self.save(folder)
+                checkpoints.save(folder, self.policy, self.tokenizer, self._state())
         if self.step and checkpoints.all_checkpoints(self.output_dir):
             error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
 
@@ -555,15 +598,20 @@ class GRPOTrainer:
     def _start(self, resume: bool | str | Path | None) -> None:
         if resume:
             candidates = checkpoints.to_resume(self.output_dir, resume)
-            if candidates[0].resolve().parent != self.output_dir.resolve():  # goes on elsewhere: another run's folder?
+            elsewhere = candidates[0].resolve().parent != self.output_dir.resolve()
+            if elsewhere and self.processes.is_first:  # is it another run's folder?
                 checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
             self._load_first(candidates)
-            checkpoints.forget_after(self.output_dir, self.step)
-            self.metrics_file.cut_after(self.step)
-            self.completions_file.cut_after(self.step)
+            self.processes.wait()
+            if self.processes.is_first:
+                checkpoints.forget_after(self.output_dir, self.step)
+                self.metrics_file.cut_after(self.step)
+                self.completions_file.cut_after(self.step)
         elif self.step == 0:
-            checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
+            if self.processes.is_first:
+                checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
             set_seed(self.config.seed)  # for dropout, and for reward functions that draw
+        self.processes.wait()
         if self.config.trackers:
             wandb = {"name": self.config.wandb_run_name, "dir": str(self.output_dir)}
             settings = {
@@ -598,22 +646,31 @@ class GRPOTrainer:
         self.unlogged.append(record.metrics)
         if self.step % config.logging_steps == 0 or last:
             row = mean_metrics(self.unlogged)
-            self.metrics_file.append([row])
-            self.completions_file.append([{"step": self.step, **c} for c in record.completions])
+            if self.processes.is_first:
+                self.metrics_file.append([row])
+                self.completions_file.append([{"step": self.step, **c} for c in record.completions])
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
             self.unlogged = []
         if self.step % config.save_steps == 0:
             self.save(self.output_dir / f"checkpoint-{self.step}")
-            checkpoints.prune(self.output_dir, config.save_total_limit)
+            if self.processes.is_first:
+                checkpoints.prune(self.output_dir, config.save_total_limit)
 
     # --- saving ----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint: a folder that `from_pretrained` loads and that a run can be resumed from.
 
-        Where an adapter is trained it holds that alone, and `AutoPeftModelForCausalLM` loads it.
+        Where an adapter is trained it holds that alone, and `AutoPeftModelForCausalLM` loads it. Of several processes
+        all must call it; one writes.
         """
-        checkpoints.save(Path(path), self.model, self.tokenizer, self._state())
+        self._write(Path(path), self.policy)
+
+    def _write(self, folder: Path, model: nn.Module) -> None:
+        state = self._state()
+        if self.processes.is_first:
+            checkpoints.save(folder, model, self.tokenizer, state)
+        self.processes.wait()
 
     def _load_first(self, candidates: list[Path]) -> None:
         """Load the first that is not damaged; say so of those that are."""
@@ -639,8 +696,11 @@ class GRPOTrainer:
         counts = [state[name] for name in ("step", "num_tokens", "skipped_steps", "skipped_in_a_row")]
         if any(type(n) is not int or n < 0 for n in counts) or any(type(row) is not dict for row in state["unlogged"]):
             raise TypeError("a count is no count, or a row of metrics no row")
-        checkpoints.load_weights(self.model, path)
+        checkpoints.load_weights(self.policy, path)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.policy is not self.model:
+            scatter_weights(self.policy, self.model)
+            scatter_state(self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -648,7 +708,7 @@ class GRPOTrainer:
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.unlogged = state["unlogged"]
-        self.batch = Batch.from_dict(state["batch"], self.device) if state["batch"] is not None else None
+        self.batch = Batch.restored(state["batch"], self.processes, self.config.num_generations_per_prompt, self.device)
         checkpoints.restore_random_state(state["random"])
 
     def _state(self) -> dict[str, Any]:
@@ -658,11 +718,12 @@ class GRPOTrainer:
             "num_tokens": self.num_tokens,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gather_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "order": self.order.state_dict(),
-            "batch": asdict(self.batch) if self.batch is not None else None,  # a rollout that is not used up
+            # a rollout that is not used up, as each process has it
+            "batch": self.processes.together([asdict(self.batch)]) if self.batch is not None else [],
             "unlogged": self.unlogged,
             "random": checkpoints.random_state(),
             "run": self._identity(),
@@ -670,8 +731,21 @@ class GRPOTrainer:
 
     # --- set-up ----------------------------------------------------------------------------------------
 
+    def _check_enough_prompts(self) -> None:
+        step, count = self.config.prompts_per_step, self.processes.count
+        fewest = min(step, len(self.train_dataset) % step or step)
+        if fewest < count:
+            raise ValueError(
+                f"of {len(self.train_dataset)} prompts in steps of {step} one step has {fewest}, too few for {count} "
+                "processes. Lower --max-train-samples to a multiple of the step, or raise --batch-size."
+            )
+
     def _prepare_models(self, model: nn.Module, ref_model: nn.Module | None) -> nn.Module:
         config = self.config
+        if config.fsdp and (config.lora_rank or is_adapted(model) or self.precision == "fp16"):
+            raise ValueError(
+                "fsdp shards a model that is trained whole, in fp32 or bf16. Leave out fsdp: an adapter is small."
+            )
         if config.lora_rank:
             model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
         trainable_in_float32(model)
@@ -712,22 +786,31 @@ class GRPOTrainer:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[list[int]]:
-    """Let the first Ctrl-C wait until the step is finished: it only fills the list. The second acts at once."""
+    """Let the first Ctrl-C wait until the step is finished: it only fills the list. The second acts at once.
+
+    So does SIGTERM, as a cluster sends it before it takes a machine away.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
         yield received
         return
 
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def note(number: int, _frame) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, before)  # before it is promised: the second may come at once
+        put_back()  # before it is promised: the second may come at once
         print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, note)
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        put_back()
 
 
 def _few_words(metrics: dict[str, float]) -> str:

@@ -24,6 +24,7 @@ FLOORS = [
         "reward_models",
         "adapters",
         "batches",
+        "processes",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other

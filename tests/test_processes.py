@@ -1,0 +1,158 @@
+"""N processes end with the weights of one. The others are real: started by a launcher, and talking by gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_processes import run
+
+from grpo_lab.processes import Processes
+from grpo_lab.reporting import JsonLines
+
+TESTS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+# name: what differs from the run of two_processes.py
+RUNS = {
+    "plain": {},
+    "evaluated, batch std, two updates": {
+        "scale_rewards": "batch", "aggregation": "token-mean", "num_iterations": 2, "eval_steps": 2,
+    },
+    "no KL": {"kl_coef": 0.0, "gamma": 0.9, "top_k": 5, "temperature": 0.8},
+    "KL in the reward": {
+        "kl_in": "reward", "kl_estimator": "k1", "baseline": "leave-one-out", "scale_rewards": "none",
+    },
+    "shards": {"fsdp": True, "num_iterations": 2},
+    "shards, no KL": {"fsdp": True, "kl_coef": 0.0, "gradient_checkpointing": True},
+}  # fmt: skip
+
+
+def launch(launcher: list[str], *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "MASTER_PORT": "0"}
+    return subprocess.run(
+        [*launcher, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final_model" / "model.safetensors")
+
+
+def difference(one: Path, other: Path) -> float:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def logged(folder: Path) -> tuple[list[dict], list[str]]:
+    rows = JsonLines(folder / "metrics.jsonl").read()
+    timeless = [{k: v for k, v in row.items() if k != "step_time" and "logp_difference" not in k} for row in rows]
+    return timeless, [c["completion"] for c in JsonLines(folder / "completions.jsonl").read()]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """Every run, by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [[str(folder / name), changes] for name, changes in RUNS.items()]
+    finished = launch(TORCHRUN, str(TESTS / "two_processes.py"), json.dumps(runs), folder=folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_end_with_the_weights_of_one(of_two, tmp_path, name):
+    run(str(tmp_path), {**RUNS[name], "fsdp": False})
+    assert difference(tmp_path, of_two / name) < 1e-12  # float64; a step moves a weight by about 1e-3
+    (rows, completions), (their_rows, their_completions) = logged(tmp_path), logged(of_two / name)
+    assert their_completions == completions
+    assert [row.keys() for row in their_rows] == [row.keys() for row in rows]
+    for row, theirs in zip(rows, their_rows, strict=True):
+        assert theirs == pytest.approx(row, rel=1e-5, abs=1e-6)  # log-probabilities of the sampler are float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "evaluated, batch std, two updates", "shards"])
+def test_a_run_of_two_processes_goes_on_in_one(of_two, tmp_path, name):
+    # its checkpoint of step 3 is, with two updates to a rollout, in the middle of one
+    run(str(tmp_path), {**RUNS[name], "fsdp": False, "max_steps": 5}, str(of_two / name / "checkpoint-3"))
+    assert difference(tmp_path, of_two / name) < 1e-12
+    assert [row["step"] for row in logged(tmp_path)[0]] == [4, 5]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_two_others_go_on_to_the_same_bits(of_two, tmp_path):
+    script, runs = str(TESTS / "two_processes.py"), json.dumps([[str(tmp_path / "run"), RUNS["plain"]]])
+    died = launch(TORCHRUN, script, runs, "die", folder=tmp_path)
+    assert died.returncode != 0
+    assert "ConnectionError: another process of this run has ended" in died.stderr
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    went_on = launch(TORCHRUN, script, runs, "resume", folder=tmp_path)
+    assert went_on.returncode == 0, went_on.stderr[-3000:]
+    assert went_on.stdout.count("Resumed after step 4.") == 1
+    assert difference(tmp_path / "run", of_two / "plain") == 0
+    assert logged(tmp_path / "run") == logged(of_two / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evaluated, batch std, two updates", "shards"])
+def test_a_run_of_one_process_goes_on_in_two(of_two, tmp_path, name):
+    run(str(tmp_path / "one"), {**RUNS[name], "fsdp": False})
+    runs = json.dumps([[str(tmp_path / "two"), RUNS[name]]])
+    checkpoint = str(tmp_path / "one" / "checkpoint-3")
+    went_on = launch(TORCHRUN, str(TESTS / "two_processes.py"), runs, checkpoint, folder=tmp_path)
+    assert went_on.returncode == 0, went_on.stderr[-3000:]
+    assert difference(tmp_path / "two", of_two / name) < 1e-12
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
+    flags = ["--max-steps", "2", "--output-dir", "run", "--device", "cpu"]
+    done = launch([*ACCELERATE, "-m"], "grpo_lab.train_grpo", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("GRPO on pocket") == done.stdout.count("Right answers, sampled") == 1
+    assert "2 processes" in done.stdout
+    assert len(JsonLines(tmp_path / "run" / "metrics.jsonl").read()) == 2
+
+
+@pytest.mark.slow
+def test_an_error_of_any_process_is_said(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\ndef f(prompts, completions):\n    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
+    )
+    flags = ["--max-steps", "2", "--output-dir", "run", "--device", "cpu", "--reward", "mine.py:f"]
+    done = launch([*TORCHRUN, "-m"], "grpo_lab.train_grpo", *flags, folder=tmp_path)
+    assert done.returncode != 0
+    assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
+    assert "grpo_lab/trainer.py" not in done.stderr  # no traceback but the launcher's
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 7, 64])
+def test_shares_are_everything_once_and_in_order(count, size):
+    shares = [Processes(count, index).share(size) for index in range(count)]
+    assert [i for share in shares for i in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_processes_than_prompts_in_a_step_are_refused(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 5)
+    with pytest.raises(ValueError, match="24 prompts in steps of 4 one step has 4, too few for 5 processes"):
+        run(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 4}, {"precision": "fp16", "device": "auto"}])
+def test_shards_of_an_adapter_or_in_fp16_are_refused(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("grpo_lab.trainer.resolve_precision", lambda name, device: name)
+    with pytest.raises(ValueError, match="fsdp shards a model that is trained whole"):
+        run(str(tmp_path), {"fsdp": True, **changes})
