@@ -259,13 +259,13 @@ class GRPOTrainer:
     def _advantages(self, rewards: Tensor) -> Tensor:
         """[B] how much better each completion is than its group, from rewards [B]; of this process, as all see them."""
         config, K = self.config, self.config.num_generations_per_prompt
-        everyone = torch.cat(self.processes.together([rewards])).view(-1, K)
-        if everyone.isnan().all():
+        rewards = torch.cat(self.processes.together([rewards]))
+        if rewards.isnan().all():
             raise ValueError("no reward function scored any completion of this step: all returned None or NaN.")
         advantages = group_advantages(
-            everyone, baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
+            rewards.view(-1, K), baseline=config.baseline, scale=config.scale_rewards, std_eps=config.std_eps
         )
-        share = self.processes.share(len(everyone))
+        share = self.processes.share(len(advantages))
         return advantages[share.start : share.stop].flatten()
 
     def update(self, batch: Batch) -> dict[str, float]:

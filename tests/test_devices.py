@@ -33,6 +33,14 @@ def test_threads_follow_the_quota_of_older_kernels_too(monkeypatch, quota, cores
     assert devices.available_cores() == cores
 
 
+@pytest.mark.parametrize(("processes", "cores"), [("2", 4), ("3", 2), ("16", 1)])
+def test_processes_of_one_run_share_the_cores(monkeypatch, processes, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda *_: "max 100000\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert devices.available_cores() == cores
+
+
 def test_a_small_model_gets_one_thread_and_a_large_one_all_cores(monkeypatch):
     monkeypatch.setattr(devices, "available_cores", lambda: 4)
     assert devices.threads_for(nn.Linear(10, 10)) == 1
