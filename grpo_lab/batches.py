@@ -1,7 +1,7 @@
 """What one rollout gives, how it is cut into micro-batches, and what is counted while it is used."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -116,8 +116,10 @@ class UpdateSums:
     difference: float = 0.0
     largest_difference: float = 0.0
     largest_kl: float = 0.0
+    weights: list[float] = field(default_factory=list)
+    """What each completion or token counted, where another program has sampled."""
 
-    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch) -> None:
+    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch, weights: Tensor | None = None) -> None:
         """Count one micro-batch in."""
         mask = part.rollouts.completion_mask
         difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
@@ -130,6 +132,8 @@ class UpdateSums:
         if terms.kl is not None:
             self.kl += terms.kl.sum().item()
             self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
+        if weights is not None:
+            self.weights += (weights[mask] if weights.shape == mask.shape else weights.flatten()).tolist()
 
 
 def batch_metrics(parts: list[MicroBatch], rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:

@@ -20,6 +20,7 @@ FLOORS = [
         "forward",
         "decoding",
         "sampling",
+        "vllm",
         "scoring",
         "reward_models",
         "adapters",
