@@ -38,15 +38,15 @@ class GRPOConfig:
     """Who samples: the model itself, or vLLM, which is faster on a GPU and needs top_k 0 and top_p 1.0. Only the model
     itself repeats a run bit for bit."""
     vllm_server: str | None = None
-    """Address of a running `vllm serve`, such as http://localhost:8000, which must see output_dir (see grpo_lab.vllm).
-    Without one vLLM runs in this process."""
+    """Address of a running `vllm serve` that sees output_dir too, such as http://localhost:8000; see grpo_lab.vllm on
+    how to start it. Without one vLLM runs in this process."""
     vllm_gpu_memory: float = 0.3
     """Share of the GPU's memory that vLLM takes when it runs in this process."""
     sampler_correction: Literal["sequence", "token"] = "sequence"
-    """vLLM rounds otherwise than we do, so what it samples is weighed by our probability over its: of the whole
-    completion, which is unbiased, or of each token, which varies less where completions are long."""
+    """What vLLM samples, in its own rounding, is weighed by our probability over its: of the whole completion, which is
+    unbiased, or of each token, which varies less where completions are long."""
     sampler_ratio_cap: float = 2.0
-    """The largest such weight (C)."""
+    """The largest such weight (C); usually 2 to 5."""
 
     # Training
     learning_rate: float = 1e-6

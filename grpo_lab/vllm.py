@@ -22,8 +22,9 @@ import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo_lab.adapters import is_adapted, merged
+from grpo_lab.checkpoints import without_progress_bars
 from grpo_lab.sampling import Rollouts, left_pad
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -91,13 +93,22 @@ class Server:
 
     def __init__(self, url: str, timeout: float = 600.0):
         self.url, self.timeout = url.rstrip("/"), timeout
-        self.model = self._ask("/v1/models")["data"][0]["id"]
-        info = self._ask("/server_info?config_format=json")["vllm_config"]["model_config"]
-        if info["logprobs_mode"] != "processed_logprobs":
+        with self._understood():
+            self.model = self._ask("/v1/models")["data"][0]["id"]
+            info = self._ask("/server_info?config_format=json")["vllm_config"]["model_config"]
+            mode = info["logprobs_mode"]
+        if mode != "processed_logprobs":
             raise ValueError(
-                f"the vLLM server {self.url} gives {info['logprobs_mode']}, which are not of the distribution that it "
-                "samples from. Start it with --logprobs-mode processed_logprobs."
+                f"the vLLM server {self.url} gives {mode}, which are not of the distribution that it samples from. "
+                "Start it with --logprobs-mode processed_logprobs."
             )
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise RuntimeError(f"{self.url} answers, but not as vLLM 0.22 or newer does: {error!r}.") from error
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -120,11 +131,13 @@ class Server:
 
         def one(prompt: list[int], settings: dict[str, Any]) -> list[Completion]:
             body = {"model": self.model, "prompt": prompt, "return_token_ids": True, **settings}
-            choices = sorted(self._ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
-            return [
-                Completion(c["token_ids"], (c["logprobs"] or {}).get("token_logprobs") or [], c["finish_reason"])
-                for c in choices
-            ]
+            answer = self._ask("/v1/completions", body)
+            with self._understood():
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                said = [(c["logprobs"] or {}).get("token_logprobs") or [] for c in choices]
+                return [
+                    Completion(list(c["token_ids"]), p, c["finish_reason"]) for c, p in zip(choices, said, strict=True)
+                ]
 
         with ThreadPoolExecutor(64) as pool:  # a request has one seed, so each prompt is one; vLLM batches them itself
             return list(pool.map(one, prompts, settings))
@@ -174,7 +187,8 @@ class VLLMSampler:
             if key not in copies:
                 copies[key] = weight.to("cpu", getattr(torch, self.dtype)) if weight.is_floating_point() else weight
             state[name] = copies[key]
-        whole.save_pretrained(saved.name, state_dict=state)
+        with without_progress_bars():
+            whole.save_pretrained(saved.name, state_dict=state)
         return saved
 
     def sync(self, model: nn.Module) -> None:
