@@ -295,14 +295,13 @@ class GRPOTrainer:
         if batch.updates == 1:
             metrics["sampling/sampling_logp_difference/mean"] = sums.difference / tokens
             metrics["sampling/sampling_logp_difference/max"] = sums.largest_difference
-        if sums.weights:
-            ratios = {"min": min(sums.weights), "mean": math.fsum(sums.weights) / len(sums.weights)}
-            ratios["max"] = max(sums.weights)
-            metrics |= {f"sampling/importance_sampling_ratio/{name}": value for name, value in ratios.items()}
+        if batch.updates == 1 and self.vllm is not None:
+            metrics["sampling/importance_sampling_ratio/min"] = min(sums.weights)
+            metrics["sampling/importance_sampling_ratio/mean"] = math.fsum(sums.weights) / len(sums.weights)
+            metrics["sampling/importance_sampling_ratio/max"] = max(sums.weights)
+            warn_if_far(sums.difference / tokens)
         if self.step == 0:
             self._check_first_update(sums)
-        if self.vllm is not None and batch.updates == 1:
-            warn_if_far(sums.difference / tokens)
         return metrics
 
     def _step_optimizer(self) -> float:

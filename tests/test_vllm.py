@@ -11,9 +11,8 @@ from conftest import tiny_model
 from test_trainer import PROMPTS, make_trainer
 from torch.testing import assert_close
 
-from grpo_lab import GRPOConfig
+from grpo_lab import GRPOConfig, trainer
 from grpo_lab.pocket.make import make_tokenizer
-from grpo_lab.sampling import sample
 from grpo_lab.scoring import completion_logprobs
 from grpo_lab.trainer import GRPOTrainer
 from grpo_lab.vllm import VLLMSampler
@@ -129,14 +128,41 @@ def test_its_weights_follow_the_policy_after_each_update(tmp_path, stand, settin
     assert not list((tmp_path / "run").glob(".weights-for-vllm-*"))
 
 
-def test_one_rollout_serves_several_updates_with_the_same_weights_of_completions(tmp_path, stand):
+def test_one_rollout_serves_several_updates_with_the_same_weights_of_completions(tmp_path, monkeypatch, stand):
+    used, loss = [], trainer.grpo_loss
+    monkeypatch.setattr(trainer, "grpo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
     here = stand(noise=0.1)
     run = make_trainer(tmp_path / "run", num_iterations=2, max_steps=4, **here.settings)
     records = list(run.steps())
     assert here.engine.reloads == 2
-    for first, second in (records[:2], records[2:]):
-        for name in ("min", "mean", "max"):
-            assert first.metrics[f"{RATIO}/{name}"] == second.metrics[f"{RATIO}/{name}"] != 1
+    for first, second in (used[:2], used[2:]):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, torch.ones_like(first))
+    assert [f"{RATIO}/mean" in record.metrics for record in records] == [True, False, True, False]
+    assert records[2].metrics[f"{RATIO}/mean"] == pytest.approx(used[2].mean().item())
+    assert records[2].metrics[f"{RATIO}/min"] == used[2].min().item()
+    assert records[2].metrics[f"{RATIO}/max"] == used[2].max().item()
+
+
+def test_micro_batches_and_a_checkpoint_amid_a_rollout_change_nothing(tmp_path, monkeypatch):
+    package = vllm_stand_in.package(noise=0.1)
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    runs = []
+    for size in (4, 1):
+        sizes = {"batch_size": size, "gradient_accumulation_steps": 4 // size, "num_iterations": 2, "max_steps": 4}
+        run = make_trainer(tmp_path / str(size), **SETTINGS | sizes)
+        runs.append([record.metrics for record in run.steps()])
+    for whole, parts in zip(*runs, strict=True):
+        for name in {"loss", "grad_norm", f"{RATIO}/min", f"{RATIO}/mean", f"{RATIO}/max"} & whole.keys():
+            assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5)
+
+    run = make_trainer(tmp_path / "1", **SETTINGS | sizes, save_steps=1)
+    for _ in zip(range(3), run.steps(), strict=False):
+        pass
+    again = make_trainer(tmp_path / "1", **SETTINGS | sizes, save_steps=1)
+    (last,) = again.steps(resume=True)
+    for name in ("loss", "grad_norm"):
+        assert last.metrics[name] == runs[1][3][name]
 
 
 def test_tied_weights_and_half_precision_go_over(tmp_path, monkeypatch):
@@ -228,7 +254,6 @@ def test_a_server_that_cannot_change_its_weights_or_says_raw_log_probabilities_i
 
 def test_a_server_of_another_model_is_noticed_before_its_first_completion(tmp_path, server):
     run = through(server, tmp_path)
-    run.vllm.engine  # noqa: B018
     server.engine.model = tiny_model(hidden_size=16)
     with pytest.raises(RuntimeError, match=r"answered 500 to /collective_rpc: .*weights do not fit"):
         next(run.steps())
@@ -291,4 +316,3 @@ def test_truncation_in_a_single_call_is_refused_too(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
     with pytest.raises(ValueError, match="cannot score what is truncated: top_k=5"):
         run.sample(PROMPTS[:1], run._uniforms(1, "x", 0), 1, top_k=5)
-    assert sample is not None
