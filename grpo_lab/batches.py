@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -140,18 +140,22 @@ class UpdateSums:
     difference: float = 0.0
     largest_difference: float = 0.0
     largest_kl: float = 0.0
+    weights: list[float] = field(default_factory=list)
+    """What each completion or token counted, where another program has sampled."""
 
     @classmethod
     def merged(cls, several: list["UpdateSums"]) -> "UpdateSums":
         """Of all processes."""
-        return cls(
-            **{
-                f.name: (max if f.name.startswith("largest") else math.fsum)(getattr(sums, f.name) for sums in several)
-                for f in fields(cls)
-            }
-        )
 
-    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch) -> None:
+        def of(name: str):
+            values = [getattr(sums, name) for sums in several]
+            if name == "weights":
+                return [weight for some in values for weight in some]
+            return max(values) if name.startswith("largest") else math.fsum(values)
+
+        return cls(**{f.name: of(f.name) for f in fields(cls)})
+
+    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch, weights: Tensor | None = None) -> None:
         """Count one micro-batch in."""
         mask = part.rollouts.completion_mask
         difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
@@ -164,6 +168,8 @@ class UpdateSums:
         if terms.kl is not None:
             self.kl += terms.kl.sum().item()
             self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
+        if weights is not None:
+            self.weights += (weights[mask] if weights.shape == mask.shape else weights.flatten()).tolist()
 
 
 def batch_metrics(lengths: Tensor, ended: Tensor, rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:

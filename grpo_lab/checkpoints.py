@@ -32,7 +32,7 @@ RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "success_reward", "use_wandb", "wandb_project", "wandb_run_name", "report_to", "device", "max_skipped_steps",
-    "gradient_checkpointing", "reward_timeout", "fsdp",
+    "gradient_checkpointing", "reward_timeout", "fsdp", "vllm_server", "vllm_gpu_memory",
 }  # fmt: skip
 
 

@@ -34,6 +34,19 @@ class GRPOConfig:
     """Sample among the k likeliest tokens; 0 turns it off. Scoring uses the same set."""
     top_p: float = 0.9
     """Sample among the likeliest tokens that make up this probability; 1.0 turns it off. Scoring uses the same set."""
+    sampler: Literal["model", "vllm"] = "model"
+    """Who samples: the model itself, or vLLM, which is faster on a GPU and needs top_k 0 and top_p 1.0. Only the model
+    itself repeats a run bit for bit."""
+    vllm_server: str | None = None
+    """Address of a running `vllm serve` that sees output_dir too, such as http://localhost:8000; see grpo_lab.vllm on
+    how to start it. Without one vLLM runs in this process."""
+    vllm_gpu_memory: float = 0.3
+    """Share of the GPU's memory that vLLM takes when it runs in this process."""
+    sampler_correction: Literal["sequence", "token"] = "sequence"
+    """What vLLM samples, in its own rounding, is weighed by our probability over its: of the whole completion, which is
+    unbiased, or of each token, which varies less where completions are long."""
+    sampler_ratio_cap: float = 2.0
+    """The largest such weight (C); usually 2 to 5."""
 
     # Training
     learning_rate: float = 1e-6
@@ -160,6 +173,15 @@ class GRPOConfig:
             raise ValueError(
                 f"temperature must be at least 0.01, got {self.temperature}: use top_k=1 to sample greedily."
             )
+        if self.sampler == "vllm" and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                f'sampler "vllm" needs top_k 0 and top_p 1.0, got {self.top_k} and {self.top_p}: vLLM does not say '
+                "which tokens it chose among, so what it samples could not be scored under the same distribution."
+            )
+        if self.vllm_server is not None and not self.vllm_server.startswith(("http://", "https://")):
+            raise ValueError(f"vllm_server must start with http:// or https://, got {_shown(self.vllm_server)}.")
+        if self.vllm_server is not None and self.sampler != "vllm":
+            raise ValueError('vllm_server needs sampler "vllm".')
         if self.baseline == "none" and self.scale_rewards != "none":
             raise ValueError(
                 'baseline "none" (REINFORCE) needs scale_rewards "none": without a baseline, equal rewards '
@@ -227,6 +249,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 100, False),
     "top_k": (0, 2**31, True),
     "top_p": (0, 1, False),
+    "vllm_gpu_memory": (0, 1, False),
+    "sampler_ratio_cap": (1, 1e6, True),
     "learning_rate": (0, 10, False),
     "batch_size": (1, 2**20, True),
     "num_epochs": (1, 2**31, True),

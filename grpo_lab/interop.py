@@ -27,6 +27,8 @@ NAMES = {
     "gradient_checkpointing": "activation_checkpointing", "seed": "seed", "logging_steps": "logging_steps",
     "save_steps": "save_steps", "save_total_limit": "save_total_limit", "eval_steps": "eval_steps",
     "output_dir": "output_dir", "wandb_run_name": "run_name",
+    "vllm_server": "vllm_server_base_url", "vllm_gpu_memory": "vllm_gpu_memory_utilization",
+    "sampler_ratio_cap": "vllm_importance_sampling_clip_max",
 }  # fmt: skip
 # not "bnpo", whose mean is over the tokens of a micro-batch
 LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo", "constant": "dr_grpo"}
@@ -76,7 +78,9 @@ def to_trl(config: GRPOConfig, **changes: Any):
         "max_grad_norm": config.max_grad_norm if config.max_grad_norm < float("inf") else 0.0,  # 0 turns it off there
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,  # torch's, which our trainer leaves as they are
         "use_cpu": device == "cpu", "bf16": precision == "bf16", "fp16": precision == "fp16",
-        "report_to": list(config.trackers),
+        "report_to": list(config.trackers), "use_vllm": config.sampler == "vllm",
+        "vllm_mode": "colocate" if config.vllm_server is None else "server",
+        "vllm_importance_sampling_mode": f"{config.sampler_correction}_truncate",
     }  # fmt: skip
     return trl.GRPOConfig(**settings | changes)
 
@@ -132,6 +136,8 @@ def _refused(config: GRPOConfig) -> Iterator[str]:
         "out: the constant scales the whole loss, and only max_grad_norm and Adam's epsilon can tell",
         "lora_rank": c.lora_rank is not None and "TRL takes an adapter beside its config. Leave it out, and give "
         f"GRPOTrainer peft_config=LoraConfig(r={c.lora_rank}, lora_alpha={c.lora_alpha}, target_modules='all-linear')",
+        "sampler": c.sampler == "vllm" and c.kl_coef > 0 and "TRL weighs what vLLM sampled, but not in the KL term. "
+        'Set kl_coef=0.0; if you accept that, to_trl(config.replace(sampler="model", vllm_server=None), use_vllm=True)',
         "reward_timeout": c.reward_timeout is not None and "TRL waits for ever. Leave it out, and use "
         f"to_trl_reward(function, timeout={c.reward_timeout})",
     }  # fmt: skip

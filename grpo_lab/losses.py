@@ -19,6 +19,7 @@ from grpo_lab.kl import Estimator, kl_estimate
 Importance = Literal["token", "sequence"]
 Surrogate = Literal["clip", "cispo"]
 Aggregation = Literal["sequence-mean", "token-mean", "constant"]
+Correction = Literal["sequence", "token"]
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, importance: Importance = "token") -> Tensor:
@@ -40,6 +41,43 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, impor
     if importance == "sequence":
         return (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
     raise ValueError(f'importance must be "token" or "sequence", got {importance!r}')
+
+
+def sampler_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, correction: Correction = "sequence", cap: float = 2.0
+) -> Tensor:
+    """How much does each completion count, if another program than the policy's drew it?
+
+        sequence:  w[i]    = min(prod_t pi_old(x[i, t]) / mu(x[i, t]), C)
+        token:     w[i, t] = min(pi_old(x[i, t]) / mu(x[i, t]), C)
+
+    mu is the same model in other kernels and another rounding. Uncapped, "sequence" makes every expectation under mu
+    that under pi_old. "token" leaves a bias, as it forgets that the tokens before and after came from mu too, but
+    varies less where completions are long. The cap trades variance for bias.
+
+    Args:
+        logprobs: [B, T] log pi_old in nats, as the policy is scored here before its first update.
+        sampler_logprobs: [B, T] log mu in nats, as the sampler said it.
+        mask: [B, T] True where a token was sampled.
+        correction: "sequence" or "token".
+        cap: C, at least 1.
+    Returns: [B, 1] or [B, T] (1 where the mask is False), without gradient.
+    Source: Yao et al. (2025), "Your efficient RL framework secretly brings you off-policy RL training", for the
+        truncated ratio of tokens; TRL's vllm_importance_sampling_mode has both.
+
+    >>> ours, theirs = torch.tensor([[0.5, 0.9]]).log(), torch.tensor([[0.4, 0.6]]).log()
+    >>> mask = torch.tensor([[True, True]])
+    >>> sampler_weights(ours, theirs, mask)  # 1.25 * 1.5
+    tensor([[1.8750]])
+    >>> sampler_weights(ours, theirs, mask, correction="token", cap=1.4)
+    tensor([[1.2500, 1.4000]])
+    """
+    log_ratio = (logprobs - sampler_logprobs).detach().where(mask, 0.0)  # mask first: see kl.py
+    if correction == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True)
+    elif correction != "token":
+        raise ValueError(f'correction must be "sequence" or "token", got {correction!r}')
+    return log_ratio.exp().clamp(max=cap)
 
 
 def clipped_surrogate(
@@ -170,6 +208,7 @@ def grpo_loss(
     mask: Tensor,
     *,
     ref_logprobs: Tensor | None = None,
+    weights: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
     clip_range: float = 0.2,
@@ -182,7 +221,7 @@ def grpo_loss(
 ) -> LossTerms:
     """The whole of GRPO's loss.
 
-        loss = - aggregate( surrogate(c, A) - beta KL )
+        loss = - aggregate( w (surrogate(c, A) - beta KL) )
 
     Args:
         logprobs: [B, T] log pi of the sampled tokens, in nats; carries the gradient.
@@ -190,6 +229,7 @@ def grpo_loss(
         advantages: [B] or [B, T].
         mask: [B, T] True where a token was sampled, the end token included.
         ref_logprobs: [B, T] the same under the reference; needed where kl_coef > 0.
+        weights: [B, 1] or [B, T] w, from `sampler_weights`; None, where the policy itself has sampled, means 1.
         kl_coef, kl_estimator: beta and the estimator, see kl.py.
         surrogate: "clip" (PPO's minimum) or "cispo".
         aggregation, constant, total: see `aggregate`.
@@ -225,6 +265,8 @@ def grpo_loss(
         if kl_coef > 0:
             objective = objective - kl_coef * kl
         kl = kl.detach()
+    if weights is not None:
+        objective = objective * weights
     loss = -aggregate(objective, mask, aggregation, constant=constant, total=total)
     return LossTerms(loss, kl, ratio, clipped_low, clipped_high)
 

@@ -34,6 +34,9 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens processed so far, prompts and completions",
     "sampling/sampling_logp_difference/mean": "mean |log p of the sampler - log p of the scorer|, in nats",
     "sampling/sampling_logp_difference/max": "the largest of these; rounding only, if both see one distribution",
+    "sampling/importance_sampling_ratio/min": "smallest weight of a completion (or token) that vLLM sampled",
+    "sampling/importance_sampling_ratio/mean": "mean of these weights: 1 if it samples as we score; capped above",
+    "sampling/importance_sampling_ratio/max": "the largest of these",
     "skipped_steps": "updates not applied so far, because the gradient was not finite",
     "step_time": "seconds for this step",
 }
@@ -102,7 +105,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
             result[name] = values[-1]
         elif name.endswith(("/max", "/max_length")):
             result[name] = max(values)
-        elif name.endswith("/min_length"):
+        elif name.endswith(("/min", "/min_length")):
             result[name] = min(values)
         else:
             result[name] = math.fsum(values) / len(values)

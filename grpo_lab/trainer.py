@@ -9,6 +9,7 @@ batch, so micro-batches change only memory.
 import copy
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -48,7 +49,7 @@ from grpo_lab.devices import (
 )
 from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
-from grpo_lab.losses import grpo_loss
+from grpo_lab.losses import grpo_loss, sampler_weights
 from grpo_lab.processes import (
     Processes,
     as_many,
@@ -63,6 +64,7 @@ from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figu
 from grpo_lab.reward_models import RewardModel, Rewards
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
 from grpo_lab.scoring import completion_logprobs, completion_scores
+from grpo_lab.vllm import VLLMSampler, warn_if_far
 
 WHY_ZERO = (
     "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says\n"
@@ -142,6 +144,7 @@ class GRPOTrainer:
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         self._check_longest_prompts()
         self._check_enough_prompts()
+        self.vllm = self._start_vllm() if config.sampler == "vllm" else None
 
         self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
         rollouts = self.order.batches_per_epoch * config.num_epochs
@@ -280,12 +283,14 @@ class GRPOTrainer:
             mask = part.rollouts.completion_mask
             with self._autocast(), torch.set_grad_enabled(not part.idle):
                 scores = self._score_under(self.model, part.rollouts, self._scores)
+            weights = self._weights(part, scores.logprobs)
             terms = grpo_loss(
                 scores.logprobs,
                 part.old_logprobs,  # None at the first update: the policy is the one that sampled
                 part.advantages,
                 mask,
                 ref_logprobs=part.ref_logprobs,
+                weights=weights,
                 kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
                 kl_estimator=config.kl_estimator,
                 clip_range=config.clip_range,
@@ -302,7 +307,7 @@ class GRPOTrainer:
                 continue
             if batch.updates == 0:
                 part.old_logprobs = scores.logprobs.detach()
-            sums.add(terms, scores, part)
+            sums.add(terms, scores, part, weights)
         sums = UpdateSums.merged(self.processes.together([sums]))
 
         self.model.eval()  # as from_pretrained gave it
@@ -323,6 +328,11 @@ class GRPOTrainer:
         if batch.updates == 1:
             metrics["sampling/sampling_logp_difference/mean"] = sums.difference / tokens
             metrics["sampling/sampling_logp_difference/max"] = sums.largest_difference
+        if batch.updates == 1 and self.vllm is not None:
+            metrics["sampling/importance_sampling_ratio/min"] = min(sums.weights)
+            metrics["sampling/importance_sampling_ratio/mean"] = math.fsum(sums.weights) / len(sums.weights)
+            metrics["sampling/importance_sampling_ratio/max"] = max(sums.weights)
+            warn_if_far(sums.difference / tokens)
         if self.step == 0:
             self._check_first_update(sums)
         return metrics
@@ -356,14 +366,43 @@ class GRPOTrainer:
         """K completions for each prompt, drawn with these uniform numbers [P * K, T]; never with dropout."""
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         self._check_context(prompts, ids)
-        input_ids, mask = left_pad(ids, self.pad_id)
         config = self.config
         settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
+        if self.vllm is not None:
+            self.vllm.sync(self.policy)
+            known = self.policy.get_input_embeddings().weight.shape[0]
+            return self.vllm.sample(
+                ids, num_generations=num_generations, uniforms=uniforms, vocabulary=known, end_ids=self.end_ids,
+                pad_id=self.pad_id, **settings,
+            ).to(self.device)  # fmt: skip
+        input_ids, mask = left_pad(ids, self.pad_id)
         with evaluating(self.policy), self._autocast():
             return sample(
                 self.policy, input_ids.to(self.device), mask.to(self.device), num_generations=num_generations,
                 uniforms=uniforms, end_ids=self.end_ids, pad_id=self.pad_id, **settings,
             )  # fmt: skip
+
+    def _start_vllm(self) -> VLLMSampler:
+        config = self.config
+        if self.processes.count > 1:
+            raise ValueError(
+                'sampler "vllm" is for one process: the others would change its weights at their own times.'
+            )
+        self._sampled_at_once = sys.maxsize  # it makes its own batches, and its weights go over once for all of them
+        return VLLMSampler(
+            self.policy, self.tokenizer, server=config.vllm_server, folder=self.output_dir, precision=self.precision,
+            gpu_memory=config.vllm_gpu_memory,
+        )  # fmt: skip
+
+    def _weights(self, part: MicroBatch, logprobs: Tensor) -> Tensor | None:
+        """What each completion counts if vLLM drew it: by the policy that it should have been drawn from."""
+        if self.vllm is None:
+            return None
+        drawn_by = logprobs if part.old_logprobs is None else part.old_logprobs
+        return sampler_weights(
+            drawn_by, part.rollouts.logprobs, part.rollouts.completion_mask,
+            correction=self.config.sampler_correction, cap=self.config.sampler_ratio_cap,
+        )  # fmt: skip
 
     def decode(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens."""
@@ -504,7 +543,7 @@ class GRPOTrainer:
             )
         self.first_check = {"ratio": math.expm1(sums.largest_difference), "kl": sums.largest_kl}
         allowed = 1e-3 if self.precision == "fp32" else 0.5  # half precision rounds by per cents
-        if self.first_check["ratio"] > allowed:
+        if self.first_check["ratio"] > allowed and self.vllm is None:  # of vLLM's the mean is judged, in every rollout
             warnings.warn(
                 f"right after sampling the ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
                 "this model does not give the same log-probabilities token by token as all at once.",

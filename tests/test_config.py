@@ -60,6 +60,8 @@ def test_the_defaults_pass_their_own_checks_unchanged():
         ("top_k", -1, "at least 0, got -1"),
         ("top_p", 0.0, "greater than 0 and at most 1, got 0.0"),
         ("top_p", 1.01, "greater than 0 and at most 1, got 1.01"),
+        ("vllm_gpu_memory", 0.0, "greater than 0 and at most 1"),
+        ("sampler_ratio_cap", 0.9, "at least 1, got 0.9"),
         ("learning_rate", 0.0, "greater than 0"),
         ("learning_rate", math.nan, "greater than 0 and at most 10, got nan"),
         ("learning_rate", math.inf, "at most 10, got inf"),

@@ -26,7 +26,7 @@ FLOORS = [
         "batches",
         "processes",
     },  # prompts and models
-    {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
+    {"config", "devices", "checkpoints", "reporting", "vllm"},  # settings, and what is written
     {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
     {"checks"},
@@ -101,8 +101,9 @@ def test_importing_everything_needs_no_optional_package():
     assert (
         python(
             "import sys\n"
-            "for name in ('datasets', 'peft', 'wandb', 'ipywidgets', 'matplotlib', 'trl'): sys.modules[name] = None\n"
-            "import grpo_lab, grpo_lab.interop\n"
+            "optional = ('datasets', 'peft', 'wandb', 'ipywidgets', 'matplotlib', 'trl', 'vllm')\n"
+            "for name in optional: sys.modules[name] = None\n"
+            "import grpo_lab, grpo_lab.interop, grpo_lab.vllm\n"
             "print(*[name for name in grpo_lab.__all__ if getattr(grpo_lab, name) is None])"
         )
         == ""

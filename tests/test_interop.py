@@ -38,7 +38,8 @@ ANOTHER = {
     "aggregation_constant": {"aggregation": "constant", "aggregation_constant": 1.0},
     "reward_timeout": {"reward_timeout": 5.0}, "save_total_limit": {"save_total_limit": 2},
     "eval_steps": {"eval_steps": 5}, "report_to": {"report_to": ("tensorboard",)}, "precision": {"precision": "bf16"},
-    "device": {"device": "cuda"},
+    "device": {"device": "cuda"}, "vllm_gpu_memory": {"vllm_gpu_memory": 0.5},
+    "vllm_server": {"vllm_server": "http://localhost:8000", "sampler": "vllm", "kl_coef": 0.0},
 }  # fmt: skip
 
 
@@ -88,6 +89,7 @@ REFUSED = [
         "aggregation_constant",
         {"aggregation_constant": None},
     ),
+    ({"sampler": "vllm"}, "sampler", {"kl_coef": 0.0}),
     ({"lora_rank": 16}, "lora_rank", {"lora_rank": None}),
     ({"reward_timeout": 60.0}, "reward_timeout", {"reward_timeout": None}),
 ]

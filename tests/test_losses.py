@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from grpo_lab.losses import aggregate, cispo_surrogate, clipped_surrogate, grpo_loss, importance_ratio
+from grpo_lab.losses import (
+    aggregate,
+    cispo_surrogate,
+    clipped_surrogate,
+    grpo_loss,
+    importance_ratio,
+    sampler_weights,
+)
 
 HOW = ["sequence-mean", "token-mean", "constant"]
 IMPORTANCE = ["token", "sequence"]
@@ -280,3 +287,98 @@ def test_an_error_says_what_came_and_the_cure(options, message):
     logprobs, old, _, advantages = make()
     with pytest.raises(ValueError, match=message):
         grpo_loss(logprobs, old, advantages, MASK, **options)
+
+
+# --- what another program has sampled -----------------------------------------------------------------------
+
+# All completions over three tokens, of which 0 ends them, of at most two tokens; what stands at padding is no number.
+EVERYTHING = [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+WRITTEN = torch.tensor([[True, len(tokens) == 2] for tokens in EVERYTHING])
+
+
+def tables(*seeds, spread=1.0):
+    """A policy as logits [4, 3]: of the first token, and of the second after each first."""
+    return [spread * torch.randn(4, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+
+
+def scored(policy):
+    """[7, 2] the log-probability of each token of each completion."""
+    log_p = policy.log_softmax(-1)
+    rows = [[log_p[0, t[0]], log_p[1 + t[0], t[1]] if len(t) == 2 else torch.tensor(torch.nan)] for t in EVERYTHING]
+    return torch.stack([torch.stack([x.double() for x in row]) for row in rows])
+
+
+def probabilities(policy):
+    return scored(policy).where(WRITTEN, 0.0).sum(1).exp()
+
+
+def expected_gradient(policy, drawn_from, weights=None, **options):
+    """The gradient of the loss, each completion as often as it is drawn: exact, for all of them are there."""
+    policy = policy.clone().requires_grad_()
+    logprobs, ref = scored(policy), scored(tables(9)[0])
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, 0.0, -2.0], dtype=torch.float64)
+    loss = 0.0
+    for i, p in enumerate(probabilities(drawn_from).tolist()):
+        row = slice(i, i + 1)
+        terms = grpo_loss(
+            logprobs[row], None, advantages[row], WRITTEN[row], ref_logprobs=ref[row], kl_coef=0.3, total=1.0,
+            weights=None if weights is None else weights[row], **options,
+        )  # fmt: skip
+        loss = loss + p * terms.loss
+    (gradient,) = torch.autograd.grad(loss, policy)
+    return gradient
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_weighed_by_the_completion_what_another_drew_has_the_gradient_of_what_the_policy_draws(how, surrogate):
+    policy, sampler = tables(0, 1)
+    options = {"aggregation": how, "constant": 2, "surrogate": surrogate, "clip_range_high": 1.0}
+    wanted = expected_gradient(policy, policy, **options)
+
+    def off(correction, cap):
+        weights = sampler_weights(scored(policy), scored(sampler), WRITTEN, correction=correction, cap=cap)
+        return (expected_gradient(policy, sampler, weights, **options) - wanted).abs().max().item()
+
+    uncorrected = (expected_gradient(policy, sampler, **options) - wanted).abs().max().item()
+    assert off("sequence", math.inf) < 1e-14
+    assert off("sequence", 1.0) > 1e-2  # the cap has its price
+    assert 1e-2 < off("token", math.inf) < uncorrected
+
+
+def test_weighed_by_the_token_what_another_drew_is_unbiased_where_there_is_one_token():
+    policy, sampler = tables(0, 1)
+    one = torch.tensor([[True], [True], [True]])
+    ours, theirs = (p[0].log_softmax(-1)[:, None] for p in (policy, sampler))
+    weights = sampler_weights(ours, theirs, one, correction="token", cap=math.inf)
+    values = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
+    assert (theirs.exp() * weights).squeeze(1) @ values == pytest.approx((ours.exp().squeeze(1) @ values).item())
+
+
+def test_the_weights_of_a_sampler_by_hand():
+    #           row 0: 0.6 / 0.5 = 1.2, 0.3 / 0.6 = 0.5     row 1: 0.9 / 0.3 = 3, padding
+    ours = torch.tensor([[0.6, 0.3], [0.9, torch.nan]]).log()
+    theirs = torch.tensor([[0.5, 0.6], [0.3, torch.nan]]).log()
+    mask = torch.tensor([[True, True], [True, False]])
+    by_token = sampler_weights(ours, theirs, mask, correction="token", cap=2.5)
+    assert_close(by_token, torch.tensor([[1.2, 0.5], [2.5, 1.0]]))
+    assert_close(sampler_weights(ours, theirs, mask, cap=2.5), torch.tensor([[0.6], [2.5]]))
+    assert_close(sampler_weights(ours, theirs, mask), torch.tensor([[0.6], [2.0]]))
+    with pytest.raises(ValueError, match='correction must be "sequence" or "token"'):
+        sampler_weights(ours, theirs, mask, correction="batch")
+
+
+@pytest.mark.parametrize("correction", ["sequence", "token"])
+def test_weights_carry_no_gradient_stay_finite_and_are_one_where_both_agree(correction):
+    logprobs, old, ref, advantages = make()
+    weights = sampler_weights(logprobs, old, MASK, correction=correction)
+    assert not weights.requires_grad
+    far = sampler_weights(torch.zeros(5, 4), torch.full((5, 4), -9999.0), MASK, correction=correction)
+    assert far.max() == 2
+    assert torch.isfinite(far).all()
+    equal = sampler_weights(logprobs, logprobs, MASK, correction=correction)
+    assert torch.equal(equal, torch.ones_like(equal))
+    plain = grpo_loss(logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.3).loss
+    assert grpo_loss(logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.3, weights=equal).loss == plain
+    halved = grpo_loss(logprobs, old, advantages, MASK, ref_logprobs=ref, kl_coef=0.3, weights=equal / 2).loss
+    assert halved.item() == pytest.approx(plain.item() / 2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import vllm_stand_in
 from conftest import tiny_architecture, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
@@ -274,6 +275,31 @@ def test_loss_gradient_and_metrics_agree_at_every_update_of_a_rollout(tmp_path, 
                 assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-6, abs=1e-6), name
     assert 0 < ours.metrics["clip_ratio/region_mean"] < 1  # or the later updates would have shown nothing new
     assert len(set(map(len, completion_ids(twins.batch)))) > 5
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "dr_grpo", "cispo"])
+@pytest.mark.parametrize("correction", ["sequence", "token"])
+def test_what_vllm_sampled_is_weighed_alike(tmp_path, correction, preset):
+    settings = {"sampler": "vllm", "sampler_correction": correction, "sampler_ratio_cap": 1.1, "kl_coef": 0.0}
+    tiny_model().save_pretrained(tmp_path / "served")
+    with vllm_stand_in.serve(tmp_path / "served", noise=0.1) as server:
+        twins = Twins(tmp_path, preset, theirs={"use_vllm": False}, vllm_server=server.url, **settings)
+    twins.trl.use_vllm = True  # as if the same had come from its own
+    ids, sampled = completion_ids(twins.batch), {}
+    for part in twins.batch.parts:
+        lists = part.rollouts.logprobs.tolist()
+        sampled |= {row: lists[i][: len(ids[row])] for i, row in enumerate(part.rows.tolist())}
+    twins.trl._generate_single_turn = lambda *_: (ids, [sampled[row] for row in range(len(ids))])
+    ours, theirs = twins.update()
+    assert same(ours, theirs)
+    sampling = {name for name in theirs.metrics if name.startswith("sampling/")}
+    assert len(sampling) == 5
+    assert {name: ours.metrics[name] for name in sampling} == pytest.approx(
+        {name: theirs.metrics[name] for name in sampling}, rel=1e-6
+    )
+    assert ours.metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(1.1)
+    assert ours.metrics["sampling/importance_sampling_ratio/min"] < 0.95
+    assert same(*twins.update())
 
 
 def test_a_whole_run_in_float32_ends_with_the_same_weights(tmp_path):
