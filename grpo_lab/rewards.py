@@ -124,6 +124,23 @@ def final_number(text: str) -> Fraction | None:
     return Fraction(number.replace("\u2212", "-").replace(",", "").replace("$", ""))
 
 
+def marked_answer(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    """1 if the completion ends with a line `#### answer`, and has no other such mark, else 0: the form of GSM8K.
+
+    Whether the answer is right is another question; `numeric_answer` reads the number behind the mark.
+
+    >>> marked_answer(["?"] * 3, ["6 * 7 makes\\n#### 42", "It is 42.", "#### 42, as 6 * 7 makes\\n#### 42"])
+    [1.0, 0.0, 0.0]
+    """
+    return [float(_is_marked(c)) for c in completions]
+
+
+def _is_marked(text: str) -> bool:
+    before, mark, after = text.strip().rpartition("####")
+    begins_line = before == "" or before.endswith("\n")
+    return bool(mark) and "####" not in before and begins_line and after.strip() != "" and "\n" not in after
+
+
 def matches_format(pattern: str) -> RewardFunction:
     """A reward of 1 for every completion that the regular expression matches as a whole, else 0.
 
@@ -162,4 +179,5 @@ BUILT_IN: dict[str, RewardFunction] = {
     "countdown": countdown,
     "exact_answer": exact_answer,
     "numeric_answer": numeric_answer,
+    "marked_answer": marked_answer,
 }

@@ -50,7 +50,7 @@ from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss
 from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
-from grpo_lab.reward_models import RewardModel, Rewards
+from grpo_lab.reward_models import RewardModel, Rewards, Scored
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
 from grpo_lab.scoring import completion_logprobs, completion_scores
 
@@ -77,7 +77,7 @@ class GRPOTrainer:
         ref_model: the reference of the KL penalty, never changed. None: the model as it is now, as a frozen
             copy, or, where an adapter is trained, the same model with the adapter off. Needed only if kl_coef > 0.
         reward_model: `f(prompts, completions, **columns) -> list[float]`, a sequence-classification model, a
-            causal LM (a demonstration), or a list of these.
+            causal LM (a demonstration), or a list of these, of which the first says what `evaluate` counts as right.
         tokenizer: the policy's.
         config: GRPOConfig; None takes the defaults.
         train_dataset: SimplePromptDataset, or a `datasets.Dataset` with a column "prompt".
@@ -100,7 +100,9 @@ class GRPOTrainer:
         self.train_dataset = checked_dataset(train_dataset, "train_dataset")
         self.eval_dataset = checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         if config.eval_steps and eval_dataset is None:
-            raise ValueError(f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on.")
+            raise ValueError(
+                f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on (--eval-dataset)."
+            )
         if ref_model is model and config.kl_coef > 0:
             raise ValueError(
                 "ref_model is the model that is trained, so the KL would always be 0. "
@@ -365,8 +367,9 @@ class GRPOTrainer:
             dataset: with at least one prompt; None takes eval_dataset.
             num_generations: completions per prompt that are sampled; None takes the config's K.
         Returns: "eval/pass@1_greedy", "eval/pass@1" (sampled) and "eval/pass@K", each also with "_low" and
-            "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means a reward of
-            at least `success_reward`. Draws no number that training would have drawn.
+            "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means that the
+            first reward function gives at least `success_reward`, whatever others and weights add. Draws no number
+            that training would have drawn.
         """
         dataset = checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
         K = num_generations or self.config.num_generations_per_prompt
@@ -380,11 +383,12 @@ class GRPOTrainer:
         uniforms = self._uniforms(len(dataset) * K, "evaluate", 0)
         for start in range(0, len(dataset), size):
             rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)  # whatever the numbers are
-            sampled = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K).view(-1, K)
+            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1).first  # whatever the numbers are
+            answers = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K)
+            sampled = answers.first.view(-1, K)
             right += zip((greedy >= self.config.success_reward).tolist(),
                          (sampled >= self.config.success_reward).sum(1).tolist(), strict=True)  # fmt: skip
-            rewards += sampled.flatten().tolist()
+            rewards += answers.total.tolist()
         n = len(right)
         shares = {
             "pass@1_greedy": sum(g for g, _ in right) / n,
@@ -412,9 +416,9 @@ class GRPOTrainer:
             for row, c, r in zip(rows, completions, rewards, strict=True)
         ]
 
-    def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Tensor:
+    def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Scored:
         rollouts = self.sample([row["prompt"] for row in rows], uniforms, K, **truncation)
-        return self._score(rows, self.decode(rollouts), K).total
+        return self._score(rows, self.decode(rollouts), K)
 
     def _score(self, rows: list[Row], completions: list[str], K: int):
         """Ask the reward functions, who see each prompt and column K times, once beside each completion."""

@@ -29,7 +29,7 @@ FLOORS = [
     {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
     {"checks"},
-    {"widgets", "lessons", "doctor"},
+    {"widgets", "lessons", "doctor", "tasks"},
     {"cli", "train_grpo"},
 ]
 MATHEMATICS = ("logprobs", "advantages", "kl", "losses")
