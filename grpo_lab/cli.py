@@ -86,7 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--task",
         metavar="NAME",
         help="what is learned, with model, prompts, rewards and settings to start from: "
-        f"{'; '.join(f'{name} ({task.source})' for name, task in TASKS.items())}. "
+        f"{'; '.join(f'{name} ({task.source})' for name, task in TASKS.items())}; reasoning-gym:NAME (a task of that "
+        "package, made without a network). "
         "Without --task, --dataset and --model-name: pocket. Every other flag wins",
     )
     run.add_argument(
@@ -126,8 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME",
-        help="countdown, exact_answer, numeric_answer, marked_answer, format:REGEX, or FILE.py:FUNCTION; may be given "
-        "several times, and the first says what is right",
+        help="countdown, exact_answer, numeric_answer, math_answer (LaTeX), marked_answer (the form #### answer), "
+        "format:REGEX, or FILE.py:FUNCTION; may be given several times, and the first says what is right",
     )
     run.add_argument(
         "--reward-model",
@@ -217,8 +218,9 @@ def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
     elif options.model_name in (None, "pocket"):
         names = ["pocket", *names]
     start = {key: value for name in names for key, value in PRESETS[name].items()}
-    if options.reward or options.reward_model or task is None:
-        start.pop("reward_weights", None)  # they are for the task's own
+    own = task.rewards if task and not (options.reward or options.reward_model) else ()
+    if len(start.get("reward_weights", ())) != len(own):
+        start.pop("reward_weights", None)  # they are for the task's own rewards
     given = {f.name: getattr(options, f.name) for f in fields(GRPOConfig) if hasattr(options, f.name)}
     source = " + ".join(f"preset {name}" for name in names) or "the defaults of GRPOConfig"
     changes = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -246,8 +248,9 @@ def train_command(options: argparse.Namespace) -> int:
 
     dataset = trainer.eval_dataset or trainer.train_dataset
     before = None if options.resume else _show(trainer, dataset, "Before")
-    trainer.train(resume=options.resume)
-    after = _show(trainer, dataset, "After")
+    history = trainer.train(resume=options.resume)
+    known = history[-1] if history and "eval/pass@1" in history[-1] else None  # of the same weights, and the same draws
+    after = _show(trainer, dataset, "After", known)
     if before is not None and after is not None:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
@@ -450,20 +453,19 @@ def _sizes(trainer) -> str:
     )
 
 
-def _show(trainer, dataset, when: str) -> float | None:
-    """Print three completions and, where there are answers to check, the accuracy; returns that."""
+def _show(trainer, dataset, when: str, scores: dict[str, float] | None = None) -> float | None:
+    """Print three completions and, where there are answers to check, the accuracy, if it is not known; returns that."""
+    from grpo_lab.reporting import evaluation_lines
+
     print(f"\n{when} training")
     for example in trainer.examples(dataset, 3):
         prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
         print(f"  {_short(prompt)} → {_short(example['completion'])}   (reward {example['reward']:.2f})")
     if trainer.eval_dataset is None:
         return None
-    scores = trainer.evaluate()
+    scores = scores or trainer.evaluate()
     print(f"  mean reward: {scores['eval/reward']:.3f}")
-    K = trainer.config.num_generations_per_prompt
-    for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}")):
-        low, high = scores[f"eval/{key}_low"], scores[f"eval/{key}_high"]
-        print(f"  right, {label}: {scores[f'eval/{key}']:.1%}   (95 %: {low:.1%} to {high:.1%})")
+    print("  " + "\n  ".join(evaluation_lines(scores, trainer.config.num_generations_per_prompt)))
     print(f"  on {len(dataset)} prompts kept for evaluation", flush=True)
     return scores["eval/pass@1"]
 

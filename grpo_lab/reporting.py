@@ -36,6 +36,12 @@ METRICS: dict[str, str] = {
     "sampling/sampling_logp_difference/max": "the largest of these; rounding only, if both see one distribution",
     "skipped_steps": "updates not applied so far, because the gradient was not finite",
     "step_time": "seconds for this step",
+    "eval/*_low": "lower end of its 95 % interval (Wilson)",
+    "eval/*_high": "upper end of its 95 % interval (Wilson)",
+    "eval/pass@1_greedy": "share of held-out prompts whose likeliest answer is right",
+    "eval/pass@1": "share of sampled answers to held-out prompts that are right",
+    "eval/pass@*": "share of held-out prompts with at least one right answer among so many sampled ones",
+    "eval/reward": "mean reward of sampled answers to held-out prompts",
 }
 """Every metric that a run logs. The names are TRL's, so that a learner can move on without relearning.
 
@@ -89,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One row for several steps: counters as they are last, largest and smallest of their kind, else the mean.
+    """One row for several steps: counters and evaluations as they are last, largest, smallest, else the mean.
 
     A value that is not a number (a reward function that scored nothing) does not count.
     """
@@ -98,7 +104,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     result = {}
     for name in names:
         values = [row[name] for row in rows if name in row and not math.isnan(row[name])] or [math.nan]
-        if name in last:
+        if name in last or name.startswith("eval/"):
             result[name] = values[-1]
         elif name.endswith(("/max", "/max_length")):
             result[name] = max(values)
@@ -137,6 +143,21 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     (0.25, 1.0)
     """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def evaluation_lines(scores: Mapping[str, float], K: int) -> list[str]:
+    """What `GRPOTrainer.evaluate` found, in words: shares of right answers, each with its interval.
+
+    >>> ends = {"": 0.5, "_low": 0.25, "_high": 0.75}
+    >>> names = "pass@1", "pass@1_greedy", "pass@8"
+    >>> evaluation_lines({f"eval/{name}{end}": share for name in names for end, share in ends.items()}, 8)[2]
+    'right, at least one of 8: 50.0%   (95 %: 25.0% to 75.0%)'
+    """
+    return [
+        f"right, {label}: {scores[f'eval/{key}']:.1%}   "
+        f"(95 %: {scores[f'eval/{key}_low']:.1%} to {scores[f'eval/{key}_high']:.1%})"
+        for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}"))
+    ]
 
 
 def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figure":

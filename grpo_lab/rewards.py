@@ -14,6 +14,8 @@ from fractions import Fraction
 
 import regex  # as re, and a match can be given up: re would hang for good on a pattern such as (a+)+b
 
+from grpo_lab.apart import math_answer
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 MAX_EXPRESSION = 100  # characters; a longer one is not an answer but an attack on the parser
@@ -180,4 +182,5 @@ BUILT_IN: dict[str, RewardFunction] = {
     "exact_answer": exact_answer,
     "numeric_answer": numeric_answer,
     "marked_answer": marked_answer,
+    "math_answer": math_answer,
 }

@@ -49,7 +49,14 @@ from grpo_lab.devices import (
 from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss
-from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
+from grpo_lab.reporting import (
+    JsonLines,
+    evaluation_lines,
+    mean_metrics,
+    pass_at_k,
+    training_figure,
+    wilson_interval,
+)
 from grpo_lab.reward_models import RewardModel, Rewards, Scored
 from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
 from grpo_lab.scoring import completion_logprobs, completion_scores
@@ -505,6 +512,9 @@ class GRPOTrainer:
                         bar.write(f"Resumed after step {bar.initial}.")
                     if record.step == 1:
                         bar.write(self._first_words())
+                    if "eval/pass@1" in record.metrics:
+                        lines = evaluation_lines(record.metrics, self.config.num_generations_per_prompt)
+                        bar.write("\n  ".join([f"After step {record.step}, on prompts kept for evaluation", *lines]))
                     if interrupted and record.step < self.total_steps:
                         self.save(self.output_dir / f"checkpoint-{record.step}")
                         raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
