@@ -8,6 +8,7 @@ process can be ended. This file is also the program that runs there, so it impor
 import atexit
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -29,9 +30,9 @@ MEMORY = 2**32  # bytes that the process may have, where the system can say so
 def math_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence, **columns) -> list[float]:
     r"""1 if the completion's final answer equals the answer as mathematics, 1/2 and \frac{1}{2} and 0.5, else 0.
 
-    Read is what stands behind the last `####`, else what math-verify finds: the last \boxed{}, formula or number. The
-    answer column holds LaTeX, with or without $, a number, or a text that ends in one of these forms. Needs the
-    package math-verify.
+    Read is what stands behind the last `####`, else what math-verify finds: \boxed{} (several near each other are a set
+    of answers), a formula, or the last number. The answer column holds LaTeX, with or without $, a number, or a text
+    that ends in one of these forms. Needs the package math-verify.
     """
     judge = Apart.of("math_verify")
     return [judge.score(c[-MAX_ANSWER:], str(a)) for c, a in zip(completions, answer, strict=True)]
@@ -104,7 +105,7 @@ class Apart:
     def _start(self) -> None:
         # -P: the folder of this file must not be searched for modules; what this process can import, that one can
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, self.module, self.task],
+            [sys.executable, "-P", __file__, self.module, self.task, str(math.ceil(MAX_SECONDS) + 1)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="ascii",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
@@ -196,7 +197,7 @@ def gym_judge(name: str) -> Callable[[str, list[int]], float]:
     return judge
 
 
-def serve(module: str, task: str) -> None:
+def serve(module: str, task: str, last: str) -> None:
     """Answer each line of standard input by one on standard output, a number or a sentence, until there is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the run, which ends this process
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
@@ -223,6 +224,8 @@ def serve(module: str, task: str) -> None:
         elif request is None:
             reply(1.0)
         else:
+            if hasattr(signal, "alarm"):  # not on Windows
+                signal.alarm(int(last))  # ends this process, should the one that ought to have been killed before
             try:
                 reply(judge(*request))
             except UnreadableError as error:

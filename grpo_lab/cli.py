@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lab import __version__
+from grpo_lab.apart import need
 from grpo_lab.config import PRESETS, GRPOConfig, field_types
 from grpo_lab.tasks import TASKS, Task, check_numbers, find_task
 
@@ -324,13 +325,15 @@ def model_name(options: argparse.Namespace) -> str:
 def _data(options: argparse.Namespace, task: Task | None, rewards: list, seed: int) -> tuple[Any, Any]:
     """The prompts to train on and to evaluate on: the task's, or in their place what flags name; None for none."""
     from grpo_lab.data import EXAMPLE_PROMPTS, SimplePromptDataset, as_chats, load_prompts
-    from grpo_lab.rewards import numeric_answer
+    from grpo_lab.rewards import exact_answer, math_answer, numeric_answer
 
-    column = options.prompt_column or (task.prompt_column if task else "prompt")
+    prompt_column = options.prompt_column or (task.prompt_column if task else "prompt")
+    compares = any(f in rewards for f in (numeric_answer, exact_answer, math_answer))
+    answer_column = options.answer_column or ("answer" if compares else None)
 
     def read(name: str, split: str):
-        rows = load_prompts(name, prompt_column=column, answer_column=options.answer_column, split=split)
-        if numeric_answer in rewards and "answer" in rows.column_names:
+        rows = load_prompts(name, prompt_column=prompt_column, answer_column=answer_column, split=split)
+        if numeric_answer in rewards:
             check_numbers(rows, name)
         return as_chats(rows, task.system_prompt) if task and task.system_prompt else rows
 
@@ -412,6 +415,8 @@ def named_reward(name: str):
 
     kind, _, rest = name.partition(":")
     if name in BUILT_IN:
+        if name == "math_answer":
+            need("math_verify")  # now, not at the first answer
         return BUILT_IN[name]
     if kind == "format" and rest:
         return matches_format(rest)
