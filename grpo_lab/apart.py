@@ -200,6 +200,7 @@ def gym_judge(name: str) -> Callable[[str, list[int]], float]:
 def serve(module: str, task: str, last: str) -> None:
     """Answer each line of standard input by one on standard output, a number or a sentence, until there is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the run, which ends this process
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no reply
 
@@ -224,14 +225,14 @@ def serve(module: str, task: str, last: str) -> None:
         elif request is None:
             reply(1.0)
         else:
-            if hasattr(signal, "alarm"):  # not on Windows
-                signal.alarm(int(last))  # ends this process, should the one that ought to have been killed before
+            alarm(int(last))  # ends this process, should the one that was to end it be gone
             try:
                 reply(judge(*request))
             except UnreadableError as error:
                 reply(str(error))
             except Exception:  # of the library, over a text that is no answer
                 reply(0.0)
+            alarm(0)
 
 
 if __name__ == "__main__":
