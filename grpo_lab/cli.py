@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lab import __version__
+from grpo_lab.apart import need
 from grpo_lab.config import PRESETS, GRPOConfig, field_types
+from grpo_lab.tasks import TASKS, Task, check_numbers, find_task
 
 ALIASES = {"num_generations_per_prompt": ["--num-generations"]}  # the first is the one shown
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ArithmeticError)
@@ -95,29 +97,58 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = train.add_argument_group("the run")
     run.add_argument(
-        "--model-name", default="pocket", help="pocket (the embedded model), a Hub id or a folder (default: pocket)"
+        "--task",
+        metavar="NAME",
+        help="what is learned, with model, prompts, rewards and settings to start from: "
+        f"{'; '.join(f'{name} ({task.source})' for name, task in TASKS.items())}; reasoning-gym:NAME (a task of that "
+        "package, made without a network). "
+        "Without --task, --dataset and --model-name: pocket. Every other flag wins",
     )
     run.add_argument(
-        "--dataset",
-        help="a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a Hub id[:config]; "
-        "without it, Countdown for the pocket model and a few example prompts for others",
+        "--preset",
+        choices=list(PRESETS),
+        help="settings to start from, over those of the task; explicit flags win. "
+        f"{' and '.join(TASKS)} are the tasks of these names, the others are variants of GRPO",
     )
-    run.add_argument("--eval-dataset", help="the same, for evaluation before and after")
-    run.add_argument("--prompt-column", default="prompt", help="the column with the prompts (default: prompt)")
+    run.add_argument("--model-name", help="pocket (the embedded model), a Hub id or a folder (default: the task's)")
+    run.add_argument(
+        "--dataset",
+        help="a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a Hub id[:config], instead of the task's; "
+        "without it and without a task, a few example prompts",
+    )
+    run.add_argument("--eval-dataset", help="the same, for evaluation before, after and, with --eval-steps, during")
+    run.add_argument(
+        "--prompt-column", metavar="NAME", help="the column with the prompts (default: prompt, or the task's)"
+    )
+    run.add_argument(
+        "--answer-column", metavar="NAME", help="the column with the answers, which --reward compares with"
+    )
     run.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
-    run.add_argument("--max-train-samples", type=_positive, help="use only the first N prompts")
+    run.add_argument("--eval-split", default="test", help="the same for --eval-dataset (default: test)")
+    run.add_argument("--max-train-samples", type=_positive, metavar="N", help="use only the first N prompts")
+    run.add_argument(
+        "--max-eval-samples",
+        type=_positive,
+        metavar="N",
+        help="evaluate on only the first N (default: all, or the task's)",
+    )
+    run.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="ask the prompts as chats that begin with this (default: none, or the task's)",
+    )
     run.add_argument(
         "--reward",
         action="append",
         metavar="NAME",
-        help="countdown, exact_answer, numeric_answer, format:REGEX, or FILE.py:FUNCTION; may be given several times",
+        help="countdown, exact_answer, numeric_answer, math_answer (LaTeX), marked_answer (the form #### answer), "
+        "format:REGEX, or FILE.py:FUNCTION; may be given several times, and the first says what is right",
     )
     run.add_argument(
         "--reward-model",
         help="a sequence-classification model with one output: a Hub id or a folder; "
         "without any reward, the policy itself judges, as a demonstration",
     )
-    run.add_argument("--preset", choices=list(PRESETS), help="settings to start from; explicit flags win")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -183,13 +214,28 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def choose_task(options: argparse.Namespace) -> Task | None:
+    """What is learned: --task, or a preset that is one, or the default run; None where the flags say it all."""
+    if options.task:
+        return find_task(options.task)
+    if options.preset in TASKS:
+        return TASKS[options.preset]
+    return TASKS["pocket"] if options.model_name in (None, "pocket") and not options.dataset else None
+
+
 def make_config(options: argparse.Namespace) -> tuple[GRPOConfig, str]:
-    """The settings of a run, and in words where they come from: preset, then explicit flags."""
-    names = ["pocket"] if options.model_name == "pocket" else []
-    if options.preset and options.preset not in names:
-        names.append(options.preset)
-    given = {f.name: getattr(options, f.name) for f in fields(GRPOConfig) if hasattr(options, f.name)}
+    """The settings of a run, and in words where they come from: task, then preset, then explicit flags."""
+    task = choose_task(options)
+    names = [options.preset] if options.preset else []
+    if task:
+        names = [task.preset, *(name for name in names if name != task.preset)]
+    elif options.model_name in (None, "pocket"):
+        names = ["pocket", *names]
     start = {key: value for name in names for key, value in PRESETS[name].items()}
+    own = task.rewards if task and not (options.reward or options.reward_model) else ()
+    if len(start.get("reward_weights", ())) != len(own):
+        start.pop("reward_weights", None)  # they are for the task's own rewards
+    given = {f.name: getattr(options, f.name) for f in fields(GRPOConfig) if hasattr(options, f.name)}
     source = " + ".join(f"preset {name}" for name in names) or "the defaults of GRPOConfig"
     changes = ", ".join(f"{name}={value}" for name, value in given.items())
     return GRPOConfig(**{**start, **given}), f"{source}; changed: {changes or 'nothing'}"
@@ -212,12 +258,13 @@ def train_command(options: argparse.Namespace) -> int:
         refuse_results(Path(config.output_dir))
     trainer = make_trainer(options, config)
     torch.set_num_threads(threads_for(trainer.model))
-    print(_headline(trainer, options.model_name), f"Settings: {source}", _sizes(trainer), sep="\n")
+    print(_headline(trainer, model_name(options)), f"Settings: {source}", _sizes(trainer), sep="\n")
 
     dataset = trainer.eval_dataset or trainer.train_dataset
     before = None if options.resume else _show(trainer, dataset, "Before")
-    trainer.train(resume=options.resume)
-    after = _show(trainer, dataset, "After")
+    history = trainer.train(resume=options.resume)
+    known = history[-1] if history and "eval/pass@1" in history[-1] else None  # of the same weights, and the same draws
+    after = _show(trainer, dataset, "After", known)
     if before is not None and after is not None:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
@@ -273,29 +320,53 @@ def doctor_command(options: argparse.Namespace) -> int:
 def make_trainer(options: argparse.Namespace, config: GRPOConfig):
     """The trainer that the flags ask for. Raises ValueError or OSError for a model or dataset that is not there."""
     from grpo_lab import pocket
-    from grpo_lab.data import EXAMPLE_PROMPTS, SimplePromptDataset, countdown_dataset, load_prompts
     from grpo_lab.trainer import GRPOTrainer
 
-    is_pocket = options.model_name == "pocket"
+    task = choose_task(options)
+    rewards = _rewards(options, task)
+    train, held_out = _data(options, task, rewards, config.seed)
+    name = model_name(options)
+    model, tokenizer = pocket.load() if name == "pocket" else _load(name, options.trust_remote_code)
+    return GRPOTrainer(model, None, rewards or model, tokenizer, config, train, held_out)
 
-    def prompts(name: str):
-        return load_prompts(name, prompt_column=options.prompt_column, split=options.split)
 
-    eval_dataset = prompts(options.eval_dataset) if options.eval_dataset else None
+def model_name(options: argparse.Namespace) -> str:
+    """The model to start from."""
+    task = choose_task(options)
+    return options.model_name or (task.model_name if task else "pocket")
+
+
+def _data(options: argparse.Namespace, task: Task | None, rewards: list, seed: int) -> tuple[Any, Any]:
+    """The prompts to train on and to evaluate on: the task's, or in their place what flags name; None for none."""
+    from grpo_lab.data import EXAMPLE_PROMPTS, SimplePromptDataset, as_chats, load_prompts
+    from grpo_lab.rewards import exact_answer, math_answer, numeric_answer
+
+    prompt_column = options.prompt_column or (task.prompt_column if task else "prompt")
+    compares = any(f in rewards for f in (numeric_answer, exact_answer, math_answer))
+    answer_column = options.answer_column or ("answer" if compares else None)
+
+    def read(name: str, split: str):
+        rows = load_prompts(name, prompt_column=prompt_column, answer_column=answer_column, split=split)
+        if numeric_answer in rewards:
+            check_numbers(rows, name)
+        return as_chats(rows, task.system_prompt) if task and task.system_prompt else rows
+
+    train = held_out = None
     if options.dataset:
-        train_dataset = prompts(options.dataset)
-    elif is_pocket:
-        train_dataset = countdown_dataset(pocket.NUM_PROMPTS, seed=config.seed)
-        eval_dataset = eval_dataset or countdown_dataset(400, split="held-out", seed=config.seed)
+        train = read(options.dataset, options.split)
+    elif task:
+        train, held_out = task.data(seed)
     else:
-        train_dataset = SimplePromptDataset(EXAMPLE_PROMPTS)
+        train = SimplePromptDataset(EXAMPLE_PROMPTS)
         print("No --dataset: using a few example prompts.")
-    if options.max_train_samples:
-        rows = range(min(options.max_train_samples, len(train_dataset)))
-        train_dataset = train_dataset.select(rows)
-
-    model, tokenizer = pocket.load() if is_pocket else _load(options.model_name, options.trust_remote_code)
-    return GRPOTrainer(model, None, _rewards(options, model, is_pocket), tokenizer, config, train_dataset, eval_dataset)
+    if options.eval_dataset:
+        held_out = read(options.eval_dataset, options.eval_split)
+    limits = options.max_train_samples, options.max_eval_samples or (task and task.max_eval_samples)
+    some = [
+        rows.select(range(min(limit, len(rows)))) if rows and limit else rows
+        for rows, limit in zip((train, held_out), limits, strict=True)
+    ]
+    return tuple(as_chats(rows, options.system_prompt) if rows and options.system_prompt else rows for rows in some)
 
 
 def _load(name: str, trust_remote_code: bool):
@@ -329,7 +400,8 @@ def _check_folder(name: str) -> None:
         )
 
 
-def _rewards(options: argparse.Namespace, model, is_pocket: bool) -> list:
+def _rewards(options: argparse.Namespace, task: Task | None) -> list:
+    """The judges: those that flags name, else the task's; none where the policy is to judge itself."""
     judges = [named_reward(name) for name in options.reward or ()]
     if options.reward_model:
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -343,9 +415,12 @@ def _rewards(options: argparse.Namespace, model, is_pocket: bool) -> list:
             raise ValueError(f"a reward model needs one output, {options.reward_model} has {labels}.")
         judge = _load_whole(AutoModelForSequenceClassification, options.reward_model)
         judges.append(SequenceClassifierReward(judge, tokenizer))
-    if not judges:
-        judges = [named_reward("countdown") if is_pocket and not options.dataset else model]
-    return judges
+    if options.answer_column and not judges and not task:
+        raise ValueError(
+            "--answer-column needs a reward that compares with the answers: --reward numeric_answer (the number that a "
+            "text ends with), math_answer (LaTeX), exact_answer (the same text) or FILE.py:FUNCTION."
+        )
+    return judges or list(task.rewards if task else ())
 
 
 def named_reward(name: str):
@@ -354,6 +429,8 @@ def named_reward(name: str):
 
     kind, _, rest = name.partition(":")
     if name in BUILT_IN:
+        if name == "math_answer":
+            need("math_verify")  # now, not at the first answer
         return BUILT_IN[name]
     if kind == "format" and rest:
         return matches_format(rest)
@@ -397,20 +474,19 @@ def _sizes(trainer) -> str:
     )
 
 
-def _show(trainer, dataset, when: str) -> float | None:
-    """Print three completions and, where there are answers to check, the accuracy; returns that."""
+def _show(trainer, dataset, when: str, scores: dict[str, float] | None = None) -> float | None:
+    """Print three completions and, where there are answers to check, the accuracy, if it is not known; returns that."""
+    from grpo_lab.reporting import evaluation_lines
+
     print(f"\n{when} training")
     for example in trainer.examples(dataset, 3):
         prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
         print(f"  {_short(prompt)} → {_short(example['completion'])}   (reward {example['reward']:.2f})")
     if trainer.eval_dataset is None:
         return None
-    scores = trainer.evaluate()
+    scores = scores or trainer.evaluate()
     print(f"  mean reward: {scores['eval/reward']:.3f}")
-    K = trainer.config.num_generations_per_prompt
-    for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}")):
-        low, high = scores[f"eval/{key}_low"], scores[f"eval/{key}_high"]
-        print(f"  right, {label}: {scores[f'eval/{key}']:.1%}   (95 %: {low:.1%} to {high:.1%})")
+    print("  " + "\n  ".join(evaluation_lines(scores, trainer.config.num_generations_per_prompt)))
     print(f"  on {len(dataset)} prompts kept for evaluation", flush=True)
     return scores["eval/pass@1"]
 

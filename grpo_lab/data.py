@@ -117,12 +117,13 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
-def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "train"):
+def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str | None = None, split: str = "train"):
     """A `datasets.Dataset` from a local .txt (a prompt a line), .jsonl, .json, .csv or .parquet, or from the Hub.
 
     Args:
         name: a file, or a Hub id; "owner/name:config" picks a configuration.
         prompt_column: which column holds the prompts; it is renamed to "prompt".
+        answer_column: which holds the answers; it is renamed to "answer", and no answer may be empty.
         split: of a Hub dataset.
     Raises: ValueError that names the file and the problem.
     """
@@ -155,12 +156,14 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", split: str = "trai
         if "corresponds to no data" in str(cause):  # a CSV file that ends after its header
             raise ValueError(f"{name} is empty: at least one prompt is needed.") from None
         cure = ". Save it as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
+        cure = cure or ("" if kind else ". Without a network, give files: --dataset FILE --eval-dataset FILE")
         raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}{cure}") from error
     if "__index_level_0__" in dataset.column_names:  # pandas takes the first fields for names of the rows
         raise ValueError(f'{name}: the rows have more fields than the header. Write a prompt with commas "in quotes".')
     if kind == "text":
         dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
-    return with_prompt_column(dataset, "prompt" if kind == "text" else prompt_column, name)
+    dataset = with_prompt_column(dataset, "prompt" if kind == "text" else prompt_column, name)
+    return dataset if answer_column is None else with_answer_column(dataset, answer_column, name)
 
 
 def check_json(text: str) -> None:
@@ -200,21 +203,52 @@ def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: at least one prompt is needed.")
-    if prompt_column not in dataset.column_names:
-        raise ValueError(
-            f"{name} has no column {prompt_column!r}, only {', '.join(dataset.column_names)}. "
-            "Name the right one with --prompt-column."
-        )
-    if prompt_column != "prompt":
-        if "prompt" in dataset.column_names:
-            dataset = dataset.remove_columns("prompt")
-        dataset = dataset.rename_column(prompt_column, "prompt")
+    dataset = _renamed(dataset, prompt_column, "prompt", name)
     for i, prompt in enumerate(dataset["prompt"]):
         try:
             check_prompt(prompt, i)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
     return dataset
+
+
+def with_answer_column(dataset, answer_column: str, name: str = "the dataset"):
+    """The `datasets.Dataset` with its answers in the column "answer".
+
+    Raises: ValueError if there is no such column, or an answer is missing or empty.
+    """
+    dataset = _renamed(dataset, answer_column, "answer", name)
+    for i, answer in enumerate(dataset["answer"]):
+        if answer is None or not str(answer).strip():
+            raise ValueError(f"{name}: answer {i} is empty.")
+    return dataset
+
+
+def _renamed(dataset, column: str, wanted: str, name: str):
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column {column!r}, only {', '.join(dataset.column_names)}. "
+            f"Name the right one with --{wanted}-column."
+        )
+    if column != wanted and wanted in dataset.column_names:
+        dataset = dataset.remove_columns(wanted)
+    return dataset.rename_column(column, wanted) if column != wanted else dataset
+
+
+def as_chats(dataset, system_prompt: str) -> SimplePromptDataset:
+    """The same rows with prompts that are chats and begin with this system prompt, in place of one that is there.
+
+    >>> as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]
+    [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '2+2='}]
+    """
+
+    def chat(prompt: Prompt) -> Prompt:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": system_prompt}, *messages[messages[0]["role"] == "system" :]]
+
+    rows = [dataset[i] for i in range(len(checked_dataset(dataset, "the dataset")))]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return SimplePromptDataset([chat(prompt) for prompt in columns.pop("prompt")], **columns)
 
 
 EXAMPLE_PROMPTS = (

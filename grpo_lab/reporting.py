@@ -39,6 +39,12 @@ METRICS: dict[str, str] = {
     "sampling/importance_sampling_ratio/max": "the largest of these",
     "skipped_steps": "updates not applied so far, because the gradient was not finite",
     "step_time": "seconds for this step",
+    "eval/*_low": "lower end of its 95 % interval (Wilson)",
+    "eval/*_high": "upper end of its 95 % interval (Wilson)",
+    "eval/pass@1_greedy": "share of held-out prompts whose likeliest answer is right",
+    "eval/pass@1": "share of sampled answers to held-out prompts that are right",
+    "eval/pass@*": "share of held-out prompts with at least one right answer among so many sampled ones",
+    "eval/reward": "mean reward of sampled answers to held-out prompts",
 }
 """Every metric that a run logs. The names are TRL's, so that a learner can move on without relearning.
 
@@ -92,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One row for several steps: counters as they are last, largest and smallest of their kind, else the mean.
+    """One row for several steps: counters and evaluations as they are last, largest, smallest, else the mean.
 
     A value that is not a number (a reward function that scored nothing) does not count.
     """
@@ -101,7 +107,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     result = {}
     for name in names:
         values = [row[name] for row in rows if name in row and not math.isnan(row[name])] or [math.nan]
-        if name in last:
+        if name in last or name.startswith("eval/"):
             result[name] = values[-1]
         elif name.endswith(("/max", "/max_length")):
             result[name] = max(values)
@@ -140,6 +146,45 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     (0.25, 1.0)
     """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def evaluation_metrics(right: Sequence[tuple[bool, int]], rewards: Sequence[float], K: int) -> dict[str, float]:
+    """Shares of right answers, each with its 95 % interval over prompts, and the mean reward.
+
+    Args:
+        right: for each prompt, whether the greedy answer is right, and how many of K sampled ones are.
+        rewards: of the sampled answers; NaN where none was given.
+
+    >>> evaluation_metrics([(True, 2), (False, 1)], [1.0, 1.0, 1.0, 0.0], 2)["eval/pass@1"]
+    0.75
+    """
+    n = len(right)
+    shares = {
+        "pass@1_greedy": sum(g for g, _ in right) / n,
+        "pass@1": sum(pass_at_k(K, c, 1) for _, c in right) / n,
+        f"pass@{K}": sum(pass_at_k(K, c, K) for _, c in right) / n,
+    }
+    result = {}
+    for name, share in shares.items():
+        result[f"eval/{name}"] = share
+        result[f"eval/{name}_low"], result[f"eval/{name}_high"] = wilson_interval(share, n)
+    scored = [r for r in rewards if not math.isnan(r)]
+    return result | {"eval/reward": math.fsum(scored) / len(scored) if scored else math.nan}
+
+
+def evaluation_lines(scores: Mapping[str, float], K: int) -> list[str]:
+    """What `GRPOTrainer.evaluate` found, in words: shares of right answers, each with its interval.
+
+    >>> ends = {"": 0.5, "_low": 0.25, "_high": 0.75}
+    >>> names = "pass@1", "pass@1_greedy", "pass@8"
+    >>> evaluation_lines({f"eval/{name}{end}": share for name in names for end, share in ends.items()}, 8)[2]
+    'right, at least one of 8: 50.0%   (95 %: 25.0% to 75.0%)'
+    """
+    return [
+        f"right, {label}: {scores[f'eval/{key}']:.1%}   "
+        f"(95 %: {scores[f'eval/{key}_low']:.1%} to {scores[f'eval/{key}_high']:.1%})"
+        for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}"))
+    ]
 
 
 def training_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> "Figure":

@@ -126,6 +126,11 @@ class Scored:
     parts: dict[str, Tensor]
     """Function's name -> [B] float32, unweighted; NaN where it did not score."""
 
+    @property
+    def first(self) -> Tensor:
+        """[B] what the first function said, unweighted: it decides what is right."""
+        return next(iter(self.parts.values()))
+
 
 class Rewards:
     """One or several reward functions with weights, whose answers are checked.

@@ -14,6 +14,8 @@ from fractions import Fraction
 
 import regex  # as re, and a match can be given up: re would hang for good on a pattern such as (a+)+b
 
+from grpo_lab.apart import math_answer
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 MAX_EXPRESSION = 100  # characters; a longer one is not an answer but an attack on the parser
@@ -124,6 +126,29 @@ def final_number(text: str) -> Fraction | None:
     return Fraction(number.replace("\u2212", "-").replace(",", "").replace("$", ""))
 
 
+def marked_answer(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    """1 if the completion ends with a line `#### answer`, and has no other such mark, else 0: the form of GSM8K.
+
+    Whether the answer is right is another question; `numeric_answer` reads the number behind the mark.
+
+    >>> marked_answer(["?"] * 3, ["6 * 7 makes\\n#### 42", "It is 42.", "#### 42, as 6 * 7 makes\\n#### 42"])
+    [1.0, 0.0, 0.0]
+    """
+    return [float(_is_marked(c)) for c in completions]
+
+
+def _is_marked(text: str) -> bool:
+    before, mark, after = text.strip().rpartition("####")
+    begins_line = before == "" or before.endswith("\n")
+    return (
+        bool(mark)
+        and "####" not in before
+        and begins_line
+        and "\n" not in after
+        and re.search(r"\w", after) is not None
+    )
+
+
 def matches_format(pattern: str) -> RewardFunction:
     """A reward of 1 for every completion that the regular expression matches as a whole, else 0.
 
@@ -162,4 +187,6 @@ BUILT_IN: dict[str, RewardFunction] = {
     "countdown": countdown,
     "exact_answer": exact_answer,
     "numeric_answer": numeric_answer,
+    "marked_answer": marked_answer,
+    "math_answer": math_answer,
 }

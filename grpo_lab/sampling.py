@@ -105,6 +105,29 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return input_ids, mask
 
 
+def check_context(model: nn.Module, prompts: Sequence, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ValueError, with the cure, for a prompt that the model does not know, or that leaves no room to complete.
+
+    Args:
+        prompts: as they are to be named.
+        ids: the token ids of each.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    known = model.get_input_embeddings().weight.shape[0]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if max(tokens) >= known:
+            raise ValueError(
+                f"the tokenizer gives token {max(tokens)} for {str(prompt)[:60]!r}, but the model knows only "
+                f"{known}. Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))."
+            )
+        if context and len(tokens) + max_new_tokens > context:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and max_new_tokens {max_new_tokens} do not fit "
+                f"into the model's context of {context}: {str(prompt)[:60]!r}. "
+                "Shorten the prompt or lower --max-new-tokens."
+            )
+
+
 def pad_token_id(tokenizer, model: nn.Module) -> int:
     """An id to fill rows up with. What stands at padding is masked everywhere, so any id that the model has will do."""
     known = model.get_input_embeddings().weight.shape[0]  # a token added to the tokenizer alone is not

@@ -8,13 +8,11 @@ batch, so micro-batches change only memory.
 
 import copy
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from grpo_lab.devices import (
     resolve_precision,
     trainable_in_float32,
 )
+from grpo_lab.endings import interrupt_between_steps, memory_explained
 from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
 from grpo_lab.losses import grpo_loss, sampler_weights
@@ -60,22 +59,21 @@ from grpo_lab.processes import (
     scatter_weights,
     shard,
 )
-from grpo_lab.reporting import JsonLines, mean_metrics, pass_at_k, training_figure, wilson_interval
-from grpo_lab.reward_models import RewardModel, Rewards
-from grpo_lab.sampling import Rollouts, end_token_ids, left_pad, pad_token_id, sample
+from grpo_lab.reporting import (
+    JsonLines,
+    evaluation_lines,
+    evaluation_metrics,
+    mean_metrics,
+    training_figure,
+)
+from grpo_lab.reward_models import RewardModel, Rewards, Scored
+from grpo_lab.sampling import Rollouts, check_context, end_token_ids, left_pad, pad_token_id, sample
 from grpo_lab.scoring import completion_logprobs, completion_scores
 from grpo_lab.vllm import VLLMSampler, warn_if_far
 
 WHY_ZERO = (
     "The loss hovers around 0 and that is fine: advantages sum to 0 in every group, so its value says\n"
     "nothing, only its gradient does. Watch reward, grad_norm and frac_reward_zero_std."
-)
-OUT_OF_MEMORY = (
-    "out of memory on {device}, with micro-batches of {rows} completions of up to {length} tokens (sampling takes up "
-    "to four of them at a time). Lower one of: "
-    "--batch-size (now {batch_size}; more --gradient-accumulation-steps keeps the step as it is), "
-    "--num-generations (K, now {k}), --max-new-tokens (now {length}); or use --precision bf16 (now {precision}), "
-    "--gradient-checkpointing, or a smaller model. Checkpoints and metrics so far are in {output_dir}."
 )
 
 
@@ -89,7 +87,7 @@ class GRPOTrainer:
         ref_model: the reference of the KL penalty, never changed. None: the model as it is now, as a frozen
             copy, or, where an adapter is trained, the same model with the adapter off. Needed only if kl_coef > 0.
         reward_model: `f(prompts, completions, **columns) -> list[float]`, a sequence-classification model, a
-            causal LM (a demonstration), or a list of these.
+            causal LM (a demonstration), or a list of these, of which the first says what `evaluate` counts as right.
         tokenizer: the policy's.
         config: GRPOConfig; None takes the defaults.
         train_dataset: SimplePromptDataset, or a `datasets.Dataset` with a column "prompt".
@@ -112,7 +110,9 @@ class GRPOTrainer:
         self.train_dataset = checked_dataset(train_dataset, "train_dataset")
         self.eval_dataset = checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         if config.eval_steps and eval_dataset is None:
-            raise ValueError(f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on.")
+            raise ValueError(
+                f"eval_steps is {config.eval_steps}, but there is no eval_dataset to evaluate on (--eval-dataset)."
+            )
         if ref_model is model and config.kl_coef > 0:
             raise ValueError(
                 "ref_model is the model that is trained, so the KL would always be 0. "
@@ -365,7 +365,7 @@ class GRPOTrainer:
     def sample(self, prompts: Sequence[Prompt], uniforms: Tensor, num_generations: int, **truncation) -> Rollouts:
         """K completions for each prompt, drawn with these uniform numbers [P * K, T]; never with dropout."""
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        self._check_context(prompts, ids)
+        check_context(self.policy, prompts, ids, self.config.max_new_tokens)
         config = self.config
         settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
         if self.vllm is not None:
@@ -440,12 +440,13 @@ class GRPOTrainer:
             dataset: with at least one prompt; None takes eval_dataset.
             num_generations: completions per prompt that are sampled; None takes the config's K.
         Returns: "eval/pass@1_greedy", "eval/pass@1" (sampled) and "eval/pass@K", each also with "_low" and
-            "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means a reward of
-            at least `success_reward`. Draws no number that training would have drawn.
+            "_high" (Wilson, over prompts), and "eval/reward", the mean sampled reward. Right means that the
+            first reward function gives at least `success_reward`, whatever others and weights add. Draws no number
+            that training would have drawn.
         """
         dataset = checked_dataset(dataset if dataset is not None else self.eval_dataset, "dataset")
         K = num_generations or self.config.num_generations_per_prompt
-        with self._memory():
+        with memory_explained(self.device, self.precision, self.config):
             return self._evaluate(dataset, K)
 
     def _evaluate(self, dataset, K: int) -> dict[str, float]:
@@ -456,24 +457,13 @@ class GRPOTrainer:
         share = self.processes.share(len(dataset))
         for start in range(share.start, share.stop, size):
             rows = [dataset[i] for i in range(start, min(start + size, share.stop))]
-            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1)  # whatever the numbers are
-            sampled = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K).view(-1, K)
+            greedy = self._answer(rows, uniforms[: len(rows)], 1, top_k=1).first  # whatever the numbers are
+            answers = self._answer(rows, uniforms[start * K : (start + len(rows)) * K], K)
+            sampled = answers.first.view(-1, K)
             right += zip((greedy >= self.config.success_reward).tolist(),
                          (sampled >= self.config.success_reward).sum(1).tolist(), strict=True)  # fmt: skip
-            rewards += sampled.flatten().tolist()
-        right, rewards = self.processes.together(right), self.processes.together(rewards)
-        n = len(right)
-        shares = {
-            "pass@1_greedy": sum(g for g, _ in right) / n,
-            "pass@1": sum(pass_at_k(K, c, 1) for _, c in right) / n,
-            f"pass@{K}": sum(pass_at_k(K, c, K) for _, c in right) / n,
-        }
-        result = {}
-        for name, share in shares.items():
-            result[f"eval/{name}"] = share
-            result[f"eval/{name}_low"], result[f"eval/{name}_high"] = wilson_interval(share, n)
-        scored = [r for r in rewards if not math.isnan(r)]
-        return result | {"eval/reward": math.fsum(scored) / len(scored) if scored else math.nan}
+            rewards += answers.total.tolist()
+        return evaluation_metrics(self.processes.together(right), self.processes.together(rewards), K)
 
     def examples(self, dataset, number: int = 3) -> list[dict[str, Any]]:
         """One sampled completion for each of the first prompts, always with the same random numbers, to be looked at.
@@ -489,9 +479,9 @@ class GRPOTrainer:
             for row, c, r in zip(rows, completions, rewards, strict=True)
         ]
 
-    def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Tensor:
+    def _answer(self, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> Scored:
         rollouts = self.sample([row["prompt"] for row in rows], uniforms, K, **truncation)
-        return self._score(rows, self.decode(rollouts), K).total
+        return self._score(rows, self.decode(rollouts), K)
 
     def _score(self, rows: list[Row], completions: list[str], K: int):
         """Ask the reward functions, who see each prompt and column K times, once beside each completion."""
@@ -513,27 +503,12 @@ class GRPOTrainer:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, number))
         return torch.rand(rows, self.config.max_new_tokens, generator=generator)
 
-    def _check_context(self, prompts: Sequence[Prompt], ids: list[list[int]]) -> None:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        known = self.model.get_input_embeddings().weight.shape[0]
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            if max(tokens) >= known:
-                raise ValueError(
-                    f"the tokenizer gives token {max(tokens)} for {str(prompt)[:60]!r}, but the model knows only "
-                    f"{known}. Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))."
-                )
-            if context and len(tokens) + self.config.max_new_tokens > context:
-                raise ValueError(
-                    f"a prompt of {len(tokens)} tokens and max_new_tokens {self.config.max_new_tokens} do not fit "
-                    f"into the model's context of {context}: {str(prompt)[:60]!r}. "
-                    "Shorten the prompt or lower --max-new-tokens."
-                )
-
     def _check_longest_prompts(self) -> None:
         """Better now than after a thousand steps; the longest texts are nearly always the longest in tokens."""
         prompts = [self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset))]
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
-        self._check_context(longest, [encode_prompt(self.tokenizer, prompt) for prompt in longest])
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in longest]
+        check_context(self.policy, longest, ids, self.config.max_new_tokens)
 
     def _check_first_update(self, sums: UpdateSums) -> None:
         """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""
@@ -565,11 +540,11 @@ class GRPOTrainer:
 
         try:
             with (
-                self._memory(),
+                memory_explained(self.device, self.precision, self.config),
                 tqdm(
                     total=self.total_steps, unit="step", dynamic_ncols=True, disable=not self.processes.is_first
                 ) as bar,
-                _interrupt_between_steps() as interrupted,
+                interrupt_between_steps() as interrupted,
             ):
                 for record in self.steps(resume):
                     if bar.n == 0:
@@ -580,6 +555,9 @@ class GRPOTrainer:
                         bar.write(f"Resumed after step {bar.initial}.")
                     if self.processes.is_first and record.step == 1:
                         bar.write(self._first_words())
+                    if self.processes.is_first and "eval/pass@1" in record.metrics:
+                        lines = evaluation_lines(record.metrics, self.config.num_generations_per_prompt)
+                        bar.write("\n  ".join([f"After step {record.step}, on prompts kept for evaluation", *lines]))
                     if self.processes.total(len(interrupted)) and record.step < self.total_steps:
                         self.save(self.output_dir / f"checkpoint-{record.step}")
                         raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
@@ -598,22 +576,6 @@ class GRPOTrainer:
             words += f", KL to the reference {f'0 ± {kl:.1e}' if kl < 1e-3 else f'already up to {kl:.2g}'}"
         sums_to_zero = self.config.baseline != "none" and self.config.surrogate == "clip"
         return f"{words}.\n{WHY_ZERO}" if sums_to_zero else f"{words}."
-
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Out of memory, on whatever device, becomes a MemoryError that says what to lower."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            config = self.config
-            words = OUT_OF_MEMORY.format(
-                device=self.device, rows=config.batch_size * config.num_generations_per_prompt,
-                length=config.max_new_tokens, batch_size=config.batch_size, k=config.num_generations_per_prompt,
-                precision=self.precision, output_dir=self.output_dir,
-            )  # fmt: skip
-            raise MemoryError(words) from error
 
     def _save_what_there_is(self, error: Exception) -> None:
         """After a fault the state is that of the last whole step: keep it, unless it has been saved."""
@@ -821,35 +783,6 @@ class GRPOTrainer:
                 self._fingerprints["model under the adapter"] = checkpoints.weights_fingerprint(self.model, frozen=True)
         resolved = {"precision": self.precision, "reward functions": self.rewards.names}
         return self.config.to_dict() | resolved | self._fingerprints
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[list[int]]:
-    """Let the first Ctrl-C wait until the step is finished: it only fills the list. The second acts at once.
-
-    So does SIGTERM, as a cluster sends it before it takes a machine away.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
-        yield received
-        return
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _frame) -> None:
-        received.append(number)
-        put_back()  # before it is promised: the second may come at once
-        print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield received
-    finally:
-        put_back()
 
 
 def _few_words(metrics: dict[str, float]) -> str:

@@ -112,6 +112,10 @@ TOGETHER = """
 --resume none | --resume file | --eval-dataset none.txt | --clip-range 2 | --top-p 1.5 | --seed -1 | --num-generations 1
 --num-generations 99999999999 | --precision fp64 | --dataset ok.txt --eval-steps 1 | --dataset ok.csv --prompt-column no
 --dataset ok.txt --reward exact_answer | --dataset ok.txt --reward countdown | --dataset ok.csv --reward numeric_answer
+--task | --task none | --task GSM8K | --task gsm8k --dataset none.jsonl | --task pocket --dataset ok.csv
+--preset gsm8k --dataset ok.csv | --dataset ok.csv --answer-column answer | --preset gsm8k --dataset ok.txt
+--dataset ok.csv --answer-column none --reward exact_answer | --dataset ok.txt --answer-column answer --reward format:.
+--max-eval-samples 0 | --max-eval-samples nan | --dataset ok.txt --system-prompt brief | --prompt-column
 """
 CLI = [
     *(["train", "--batch-size", text] for text in NO_INT),
@@ -489,7 +493,8 @@ TEXTS = [
     "." * 10**6, "1." * 10**5, "0x17", "1_7", "1j", "True", "None", "[22]", "{22}", "'22'", "lambda: 22", "(yield)",
     "f'{22}'",
     "__import__('os').system('true')", "exec('1')", "open('/etc/passwd')", "22\n" * 10**5 + "x", "a" * 10**6,
-    "ab" * 10**5 + "!",
+    "ab" * 10**5 + "!", "####" * 10**6, "\n" * 10**6 + "####", "####\n22", "22 #### 22", "#### 22\n#### 22", "##### 22",
+    "#### 22\nor so", "\n#### \u200b",
 ]  # fmt: skip
 PATTERNS = [
     ("(a+)+b", "a" * 2000), ("(a+)+$", "a" * 2000 + "!"), (r"(.*)*x", "a" * 2000), (r"(\w+\s?)*:",
@@ -503,14 +508,15 @@ ENDLESS = [
 
 
 def scores(text: str) -> list[float]:
+    """Of all but math_answer, which has a process and hostile texts of its own in test_apart.py."""
     columns = {"answer": ["-4242.5"]}
-    return [reward(["3,5,7:22="], [text], **columns)[0] for reward in BUILT_IN.values()]
+    return [reward(["3,5,7:22="], [text], **columns)[0] for name, reward in BUILT_IN.items() if name != "math_answer"]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:16]))
 def test_rubbish_scores_zero_at_once(text):
     with at_once():
-        assert scores(text) == [0.0] * len(BUILT_IN)
+        assert set(scores(text)) == {0.0}
 
 
 @fuzz

@@ -14,7 +14,7 @@ import grpo_lab
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_lab"
 FLOORS = [
-    {"logprobs", "advantages", "kl", "losses", "rewards"},  # mathematics, and the reading of answers
+    {"logprobs", "advantages", "kl", "losses", "rewards", "apart"},  # mathematics, and the reading of answers
     {
         "data",
         "forward",
@@ -27,10 +27,10 @@ FLOORS = [
         "processes",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting", "vllm"},  # settings, and what is written
-    {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
+    {"endings", "trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
     {"checks"},
-    {"widgets", "lessons", "doctor"},
+    {"widgets", "lessons", "doctor", "tasks"},
     {"cli", "train_grpo"},
 ]
 MATHEMATICS = ("logprobs", "advantages", "kl", "losses")
@@ -75,8 +75,10 @@ def test_the_mathematics_knows_no_model_no_files_and_no_randomness(name):
     assert "torch.rand" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
 
 
-def test_rewards_use_the_standard_library_and_one_matcher_that_can_be_stopped():
-    assert roots_of("rewards") <= sys.stdlib_module_names | {"regex"}
+def test_rewards_use_the_standard_library_one_matcher_that_can_be_stopped_and_a_process_that_can():
+    assert roots_of("rewards") <= sys.stdlib_module_names | {"regex", "grpo_lab"}
+    assert imports_of(PACKAGE / "rewards.py") == {"apart"}
+    assert roots_of("apart") <= sys.stdlib_module_names | {"math_verify", "reasoning_gym"}  # imported in there alone
 
 
 def test_every_module_opens_with_a_sentence_and_is_short():
@@ -101,9 +103,9 @@ def test_importing_everything_needs_no_optional_package():
     assert (
         python(
             "import sys\n"
-            "optional = ('datasets', 'peft', 'wandb', 'ipywidgets', 'matplotlib', 'trl', 'vllm')\n"
-            "for name in optional: sys.modules[name] = None\n"
-            "import grpo_lab, grpo_lab.interop, grpo_lab.vllm\n"
+            "optional = 'datasets peft wandb ipywidgets matplotlib trl vllm math_verify reasoning_gym'\n"
+            "for name in optional.split(): sys.modules[name] = None\n"
+            "import grpo_lab, grpo_lab.interop, grpo_lab.tasks, grpo_lab.vllm\n"
             "print(*[name for name in grpo_lab.__all__ if getattr(grpo_lab, name) is None])"
         )
         == ""

@@ -16,6 +16,7 @@ from grpo_lab.rewards import (
     evaluate_expression,
     exact_answer,
     final_number,
+    marked_answer,
     matches_format,
     numeric_answer,
 )
@@ -188,6 +189,7 @@ def test_a_numeric_answer_compares_values_not_spellings():
 def test_no_text_takes_long_to_search(text):
     assert seconds(final_number, text) < 0.3
     assert seconds(exact_answer, ["?"], [text], ["7"]) < 0.3
+    assert seconds(marked_answer, ["?"], [text]) < 0.3
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "so {:,}.", "#### {} and 3", "(9) = {:,}.00"]))
@@ -213,6 +215,30 @@ def test_a_format_must_match_the_whole_text_across_lines():
     assert reward(["?"] * 6, completions, answer=["4"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression: .*position 1"):
         matches_format("(")
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("#### 42", 1.0),
+        ("6 * 7 = 42\n#### 42\n", 1.0),
+        ("thus\n\n  \n#### -1,200.50", 1.0),
+        ("#### x = 7", 1.0),  # of which kind the answer is, is for another reward to say
+        ("42", 0.0),
+        ("It is #### 42", 0.0),  # not a line of its own
+        ("#### 41\nno\n#### 42", 0.0),  # two answers
+        ("#### 42\nas 6 * 7 = 42", 0.0),  # not the end
+        ("##### 42", 0.0),
+        ("### 42", 0.0),
+        ("#### ", 0.0),
+        ("#### ,", 0.0),
+        ("####", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_marked_answer_is_the_last_line_and_the_only_one(text, marked):
+    assert marked_answer(["?"], [text], answer=["7"]) == [marked]
+    assert marked_answer(["?"] * 2, [text, "#### 1"]) == [marked, 1.0]
 
 
 def test_a_pattern_that_takes_for_ever_scores_zero_with_a_warning():

@@ -276,5 +276,5 @@ def test_no_value_network_is_made(here, tiny):
 
 
 def test_presets_are_the_papers_and_the_pocket_models():
-    assert set(PRESETS) == {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce", "pocket"}
+    assert set(PRESETS) == {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce", "pocket", "gsm8k"}
     assert GRPOConfig.preset("grpo") == GRPOConfig()
