@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -10,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 SMALL_MODEL = 10_000_000  # weights
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], folder: str) -> Accelerator:
@@ -126,3 +128,26 @@ def available_cores() -> int:
         except (OSError, ValueError):  # not this version, or no quota ("max", -1)
             continue
     return cores
+
+
+def container_memory() -> tuple[int, int] | None:
+    """Bytes that the container may use, and uses, without what files fill for the time being; None without a limit."""
+    for folder, name in ((CGROUP, "memory.max"), (CGROUP / "memory", "memory.limit_in_bytes")):  # versions 2 and 1
+        try:
+            limit = (folder / name).read_text().strip()
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if limit.isdecimal() and int(limit) < psutil.virtual_memory().total:
+            return int(limit), int(counts.get("anon") or counts.get("total_rss") or 0)
+    return None
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a run could still take on the device (cuda, mps, or cpu: of the machine and its container)."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free, limits = psutil.virtual_memory().available, container_memory()
+    return free if limits is None else min(free, limits[0] - limits[1])

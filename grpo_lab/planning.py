@@ -1,0 +1,568 @@
+"""Will it fit, and how long will a step take? Known before the first weight is loaded.
+
+`plan(config, model)` rehearses the trainer's own code on tensors without contents (rehearsal.py): one micro-batch of
+the update, one of the reference and reward model, the reading of the prompts and two tokens of sampling. It assumes
+the worst: all completions differ and are as long as they may be. To this come the weights and what the optimizer
+keeps, and what Python or the GPU's driver take.
+
+An operation is taken to last as long as its arithmetic or its memory traffic, whichever is longer, and as long as a
+launch at least. Peak rates of named machines are their makers'; how much of them is reached is assumed.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lab.adapters import add_lora, is_adapted
+from grpo_lab.config import GRPOConfig
+from grpo_lab.decoding import ROUND, Captured, Growing
+from grpo_lab.devices import (
+    autocast,
+    disable_dropout,
+    enable_checkpointing,
+    free_memory,
+    match_precision,
+    resolve_device,
+    resolve_precision,
+    trainable_in_float32,
+)
+from grpo_lab.logprobs import token_logprobs, truncate
+from grpo_lab.losses import grpo_loss
+from grpo_lab.rehearsal import NUCLEUS, Rehearsal, Work, emptied, size_of
+from grpo_lab.sampling import pick
+from grpo_lab.scoring import completion_logprobs, completion_scores
+
+GIB = 2**30
+PARTS = ("weights", "gradients", "optimizer", "reference", "reward model", "cache", "activations", "logits",
+         "rollouts", "everything else")  # fmt: skip
+PROMPT_TOKENS = 128
+ADAM_TRAFFIC = 7 * 4  # bytes a weight: itself, its gradient and two averages are read, all but the gradient written
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would compute."""
+
+    name: str
+    device: str
+    """cuda, cpu or mps."""
+    memory: float
+    """Bytes that the run may take, all in all."""
+    flops: dict[str, float]
+    """Precision -> operations of a matrix product per second, as reached."""
+    bandwidth: float
+    """Bytes read or written per second, as reached."""
+    launch: float
+    """Seconds that an operation takes at least."""
+    taken: float
+    """Bytes taken before the first tensor: by Python and its libraries, or by the GPU's driver."""
+    reserve: float = 0.0
+    """Share that the allocator keeps beyond what is live."""
+    measured: bool = False
+    """False: looked up and assumed."""
+
+    def seconds(self, work: Iterable[Work], precision: str) -> float:
+        """How long these operations take."""
+        rate = self.flops[precision]
+        return sum(max(w.flops / rate, w.bytes / self.bandwidth, self.launch) for w in work if w.bytes)
+
+
+def _gpu(name: str, gib: float, half: float, full: float, bandwidth: float) -> Machine:
+    # Memory: the total capacity that PyTorch names there when it is out of memory. Rates: dense, from NVIDIA's data
+    # sheets, in TFLOP/s and GB/s. Assumed, and not measured yet: that half of the arithmetic and 70 % of the bandwidth
+    # are reached, 5 us a launch, 0.6 GiB for the driver and libraries, 5 % lost between the allocator's blocks.
+    flops = {"fp32": full * 0.5e12, "bf16": half * 0.5e12, "fp16": half * 0.5e12}
+    return Machine(name, "cuda", gib * GIB, flops, bandwidth * 0.7e9, 5e-6, 0.6 * GIB, 0.05)
+
+
+def _computer(name: str, gib: float, cores: int, bandwidth: float) -> Machine:
+    # Assumed: 50 GFLOP/s a core, no faster in half precision, and 0.45 GiB for Python, PyTorch and transformers.
+    return Machine(name, "cpu", gib * GIB, dict.fromkeys(("fp32", "bf16"), cores * 5e10), bandwidth * 1e9, 5e-6,
+                   0.45 * GIB)  # fmt: skip
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _gpu("T4", 14.56, 65, 8.1, 320),
+        _gpu("L4", 22.03, 121, 30.3, 300),
+        _gpu("A100-40", 39.38, 312, 19.5, 1555),
+        _gpu("A100-80", 79.14, 312, 19.5, 2039),
+        _gpu("H100", 79.18, 989, 67, 3350),
+        _gpu("H200", 139.72, 989, 67, 4800),
+        _computer("laptop", 12, 8, 50),  # of 16 GB, the system and a browser take the rest
+        _computer("binder", 1.8, 1, 10),  # mybinder.org allows 2 GB, and its Jupyter server takes some
+    )
+}
+
+# config.json of Qwen/Qwen2.5-*-Instruct: hidden size, layers, heads, key-value heads, intermediate size, vocabulary
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151936),
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 36, 16, 2, 11008, 151936),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. `str(plan)` is a table."""
+
+    name: str
+    """Of the model."""
+    config: GRPOConfig
+    machine: Machine
+    precision: str
+    prompt_tokens: int
+    phases: dict[str, dict[str, int]]
+    """Phase of a step -> part -> bytes at the phase's highest point."""
+    seconds: dict[str, float]
+    """Phase of a step -> how long it takes at most, all its micro-batches together."""
+
+    @property
+    def highest(self) -> str:
+        """The phase that needs the most memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest point of a step."""
+        return sum(self.phases[self.highest].values())
+
+    @property
+    def fits(self) -> bool:
+        """Is there room for the peak?"""
+        return self.peak <= self.machine.memory
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in a sentence."""
+        share = self.peak / self.machine.memory
+        words = "does not fit" if share > 1 else "fits, but barely" if share > 1 / 1.15 else "fits"
+        return (
+            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self.machine.name}, "
+            f"highest in {self.highest}; up to {_time(sum(self.seconds.values()))} a step"
+        )
+
+    def __str__(self) -> str:
+        config, rows = self.config, [part for part in PARTS if any(p[part] for p in self.phases.values())]
+        settings = f"K {config.num_generations_per_prompt} × {config.batch_size} prompts at a time"
+        lengths = f"{self.prompt_tokens} + {config.max_new_tokens} tokens, {self.precision}"
+        lines = [f"{self.name} on {self.machine.name}: {settings}, {lengths}", ""]
+        lines.append(f"{'GiB':17}" + "".join(f"{phase:>12}" for phase in self.phases))
+        for part in rows:
+            lines.append(f"{part:17}" + "".join(f"{p[part] / GIB:12.2f}" for p in self.phases.values()))
+        lines.append(f"{'all':17}" + "".join(f"{sum(p.values()) / GIB:12.2f}" for p in self.phases.values()))
+        lines.append(f"{'time a step':17}" + "".join(f"{_time(self.seconds[phase]):>12}" for phase in self.phases))
+        source = "measured just now" if self.machine.measured else "looked up, its efficiency assumed"
+        return "\n".join([*lines, "", f"It {self.verdict} (the machine: {source})."])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def plan(
+    config: GRPOConfig | None,
+    model: nn.Module,
+    *,
+    reward_model: nn.Module | Sequence | None = None,
+    machine: str | Machine | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+    name: str | None = None,
+) -> Plan:
+    """What would this run need, and is it there? Takes seconds for a model of billions of weights, and no memory.
+
+    Args:
+        config: None takes the defaults.
+        model: the policy as it would be given to the trainer; one on the meta device, without weights, will do.
+        reward_model: as the trainer takes it; functions need nothing.
+        machine: one of MACHINES by name, or None: this one, with what is free now.
+        prompt_tokens: the longest prompt.
+        name: of the model, for the table.
+    Raises: ValueError for an unknown machine, or lengths that the model does not take.
+    """
+    config = config or GRPOConfig()
+    context = getattr(model.config, "max_position_embeddings", None)
+    if prompt_tokens < 1 or (context and prompt_tokens + config.max_new_tokens > context):
+        raise ValueError(
+            f"prompt_tokens must be at least 1, and with max_new_tokens {config.max_new_tokens} fit into the model's "
+            f"context of {context}, got {prompt_tokens}."
+        )
+    if machine is None:
+        machine = this_machine(config)
+    elif not isinstance(machine, Machine):
+        machine = named_machine(machine)
+    precision = _precision(config, machine)
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    rehearsed = _Rehearsed(config, model, [j for j in judges if isinstance(j, nn.Module)], precision, prompt_tokens)
+    phases, seconds = rehearsed.on(machine)
+    name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
+    return Plan(name, config, machine, precision, prompt_tokens, phases, seconds)
+
+
+def named_machine(name: str) -> Machine:
+    """One of MACHINES, however its name is capitalised. Raises ValueError for another."""
+    known = {key.lower(): machine for key, machine in MACHINES.items()}
+    if name.lower() not in known:
+        raise ValueError(f"there is no machine {name!r}. Machines: {', '.join(MACHINES)}; without a name, this one.")
+    return known[name.lower()]
+
+
+def _precision(config: GRPOConfig, machine: Machine) -> str:
+    if machine.measured:
+        return resolve_precision(config.precision, machine.device)
+    if config.precision == "auto" and machine.device == "cuda":
+        return "fp16" if machine.name == "T4" else "bf16"
+    return "fp32" if config.precision == "auto" else resolve_precision(config.precision, machine.device)
+
+
+# --- what is there, and how fast it is ----------------------------------------------------------------------
+
+
+def this_machine(config: GRPOConfig) -> Machine:
+    """The device that a run with this config would take, with what is free on it now, its rates measured."""
+    import psutil
+
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    free, taken = free_memory(device), 0.0
+    name = torch.cuda.get_device_name() if device == "cuda" else f"this machine ({device})"
+    if device == "cpu":
+        taken = psutil.Process().memory_info().rss
+    flops, bandwidth, launch = _rates(device, precision, torch.get_num_threads())
+    reserve = 0.05 if device == "cuda" else 0.0
+    return Machine(name, device, free + taken, {precision: flops}, bandwidth, launch, taken, reserve, measured=True)
+
+
+@cache
+def _rates(device: str, precision: str, threads: int) -> tuple[float, float, float]:
+    """Operations per second of a matrix product, bytes per second of a copy, seconds of the smallest operation."""
+    size = 8192 if device == "cuda" else 512
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    square = torch.ones(size, size, device=device, dtype=kind)
+    source = torch.ones(2**28 if device == "cuda" else 2**24, device=device)
+    target, little = torch.empty_like(source), torch.ones(8, device=device)
+
+    def best(work, times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            work().flatten()[0].item()  # which waits for the device
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    def many() -> Tensor:
+        total = little
+        for _ in range(1000):
+            total = total + little
+        return total
+
+    product, copied = best(lambda: square @ square, 7), best(lambda: target.copy_(source), 3)
+    return 2 * size**3 / product, 2 * source.nbytes / copied, best(many, 3) / 1000
+
+
+# --- the rehearsal ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of one micro-batch, and of what is sampled at a time."""
+
+    config: GRPOConfig
+    precision: str
+    prompt: int
+    kept: int
+    """Tokens that could have been drawn, at each position; 0 if all could."""
+
+    def rows(self, prompts: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Token ids and mask: prompts that differ, each with K completions that differ."""
+        K, draws = self.config.num_generations_per_prompt, torch.Generator().manual_seed(0)
+        ids = torch.randint(2, 20, (prompts * K, columns), generator=draws)
+        ids[:, : self.prompt] = ids[::K, : self.prompt].repeat_interleave(K, 0)
+        return ids, torch.ones_like(ids)
+
+    def micro_batch(self) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
+        """Arguments for the scorer."""
+        config = self.config
+        ids, mask = self.rows(config.batch_size, self.prompt + config.max_new_tokens)
+        kept = torch.zeros(len(ids), config.max_new_tokens, self.kept, dtype=torch.long) if self.kept else None
+        how = {"share": config.disable_dropout, "temperature": config.temperature, "kept": kept}
+        return (ids, mask, config.max_new_tokens), how
+
+    def autocast(self) -> torch.autocast:
+        return autocast(torch.device("cpu"), self.precision)
+
+
+class _Rehearsed:
+    """What a step needs, on whatever machine."""
+
+    def __init__(self, config: GRPOConfig, model: nn.Module, judges: list[nn.Module], precision: str, prompt: int):
+        self.config, self.precision = config, precision
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        cut = 0 < config.top_k < vocabulary or config.top_p < 1
+        kept = min(config.top_k or NUCLEUS, vocabulary) if cut else 0
+        self.shape = _Shape(config, precision, prompt, kept)
+        self.policy, self.reference, self.standing = _standing(config, model, judges, self.shape)
+        self.judges = [emptied(judge) for judge in judges]
+
+    def on(self, machine: Machine) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
+        """Bytes of each part, and seconds, of each phase."""
+        config, standing = self.config, self.standing
+        accumulation = config.gradient_accumulation_steps
+        at_once = min(config.prompts_per_step, config.batch_size * (1 if config.gradient_checkpointing else 4))
+        gradients = standing["gradients"]
+        seconds: dict[str, float] = {}
+
+        def highest(*peaks: dict[str, int]) -> dict[str, int]:
+            return max(peaks, key=lambda peak: sum(peak.values()))
+
+        def lasts(work: list[Work]) -> float:
+            return machine.seconds(work, self.precision)
+
+        peaks, first, last, reading, kept_cache = _sampling(self.policy, self.shape, at_once, machine.device == "cuda")
+        sampled = highest(*peaks)
+        tokens = config.max_new_tokens
+        seconds["sampling"] = (config.prompts_per_step / at_once) * (
+            lasts(reading) + (tokens - 1) * (lasts(first) + lasts(last)) / 2
+        )
+        scored = [_scoring(model, self.shape, off) for model, off in self._scorers()]
+        scored += [_judging(judge, self.shape) for judge in self.judges]
+        seconds["scoring"] = accumulation * sum(lasts(work) for _, work in scored)
+        updated, work = _update(self.policy, self.shape, accumulates=accumulation > 1)
+        seconds["update"] = accumulation * lasts(work) + gradients / 4 * ADAM_TRAFFIC / machine.bandwidth
+        moving = {"sampling": sampled, "scoring": highest({}, *(peak for peak, _ in scored)), "update": updated}
+        phases = {}
+        for phase, peak in moving.items():
+            parts = dict.fromkeys(PARTS, 0) | standing
+            if phase == "update" and accumulation == 1:
+                parts["gradients"] = 0  # they were thrown away, and arise as the activations go
+            if phase != "sampling":
+                parts["cache"] = kept_cache  # of the captured step, which stays
+            for part, size in peak.items():
+                parts[part] += size
+            reserve = machine.reserve * sum(parts[part] for part in ("activations", "logits", "gradients", "cache"))
+            parts["everything else"] = int(machine.taken + reserve)
+            phases[phase] = parts
+        return phases, seconds
+
+    def _scorers(self) -> list[tuple[nn.Module, bool]]:
+        """Models that score completions, and whether with their adapter off."""
+        if self.config.kl_coef == 0:
+            return []
+        found = [(self.policy, True) if self.reference is None else (self.reference, False)]
+        return found + ([(self.policy, False)] if self.config.kl_in == "reward" else [])
+
+
+def _standing(config: GRPOConfig, model: nn.Module, judges: list[nn.Module], shape: _Shape):
+    """The policy and the reference as the trainer prepares them, without contents, and the bytes of all that stays."""
+    policy = emptied(model)
+    if config.lora_rank:
+        with torch.device("meta"):
+            policy = add_lora(policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
+    trainable_in_float32(policy)
+    reference = None
+    if config.kl_coef > 0 and not is_adapted(policy):
+        reference = emptied(policy)
+        match_precision(reference, policy)
+        reference.requires_grad_(False)
+    if config.disable_dropout:
+        disable_dropout(policy)
+    if config.gradient_checkpointing:
+        enable_checkpointing(policy)
+    gradients = size_of(p for p in policy.parameters() if p.requires_grad)
+    tokens = config.max_new_tokens
+    row = (shape.prompt + tokens) * 16 + tokens * (5 + 8 * shape.kept)  # ids and mask; sampled, log-probability, kept
+    return policy, reference, {
+        "weights": _whole(policy),
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "reference": _whole(reference) if reference is not None else 0,
+        "reward model": sum(_whole(judge) for judge in judges if judge is not model),
+        # twice: as they were sampled, and cut into micro-batches
+        "rollouts": 2 * config.prompts_per_step * config.num_generations_per_prompt * row,
+    }  # fmt: skip
+
+
+def _whole(model: nn.Module) -> int:
+    return size_of([*model.parameters(), *model.buffers()])
+
+
+def _stage(model: nn.Module) -> tuple[nn.Module, Rehearsal]:
+    stage = Rehearsal()
+    hollow = emptied(model, stage.fake)
+    stage.watch(hollow)
+    return hollow, stage
+
+
+def _sampling(policy: nn.Module, shape: _Shape, prompts: int, captured: bool):
+    """Peaks, and the work of the first token, of the last, and of reading the prompts; bytes that stay afterwards."""
+    config, K = shape.config, shape.config.num_generations_per_prompt
+    tokens = config.max_new_tokens
+    model, stage = _stage(policy)
+    ids, mask = shape.rows(prompts, shape.prompt + tokens)
+    prompt_ids, prompt_mask = ids[::K, : shape.prompt], mask[::K, : shape.prompt]
+    with stage, torch.no_grad(), shape.autocast():
+        model.eval()
+        says = Growing(model, prompt_ids, prompt_mask, K)
+        peaks, reading = [_with_cache(stage, says)], stage.work
+        if captured and (fixed := _captured(model, says, K, shape.prompt + tokens)) is not None:
+            stage.reset()
+            _one_token(fixed, ids, config)
+            peak = _with_cache(stage, fixed)
+            return [*peaks, peak], stage.work, stage.work, reading, sum(peak.values())
+        stage.reset()
+        _one_token(says, ids, config)
+        first = stage.work
+        del says
+        says = Growing(model, ids[:, :-1], mask[:, :-1], 1)  # as it stands before the last token
+        stage.reset()
+        _one_token(says, ids, config)
+        peaks.append(_with_cache(stage, says))
+    return peaks, first, stage.work, reading, 0
+
+
+def _captured(model: nn.Module, grown: Growing, num_generations: int, columns: int) -> Captured | None:
+    try:
+        says = Captured(model, len(grown.place), -(-columns // ROUND) * ROUND, torch.device("cpu"))
+        says.start(grown, num_generations)
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # as decoding.decoder: it goes on without
+        return None
+    return says
+
+
+def _one_token(says: Growing | Captured, ids: Tensor, config: GRPOConfig) -> None:
+    """What `sample` does at each step, with all that it holds meanwhile."""
+    logits = says.logits[says.place]
+    kept = truncate(logits, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    uniforms = torch.rand(len(logits))
+    chosen = pick(logits, uniforms, temperature=config.temperature, kept=kept)
+    one_step = None if kept is None else kept[:, None]
+    drawn = token_logprobs(logits[:, None], chosen[:, None], temperature=config.temperature, kept=one_step)
+    says.advance(torch.ones(len(ids), dtype=torch.bool), ids[:, -1])
+    del drawn
+
+
+def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
+    """The peak, with what the cache holds told apart from what is computed with."""
+    layers = getattr(says.cache, "layers", ())
+    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
+    held = min(held, stage.peak["activations"])
+    return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
+
+
+def _scoring(scorer: nn.Module, shape: _Shape, without_adapter: bool) -> tuple[dict[str, int], list[Work]]:
+    model, stage = _stage(scorer)
+    inputs, how = shape.micro_batch()
+    with stage, torch.no_grad(), shape.autocast():
+        model.eval()
+        with model.disable_adapter() if without_adapter else nullcontext():
+            completion_logprobs(model, *inputs, **how)
+    return stage.peak, stage.work
+
+
+def _judging(judge: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
+    model, stage = _stage(judge)
+    (ids, mask, tokens), _ = shape.micro_batch()
+    with stage, torch.no_grad():
+        model.eval()
+        if "SequenceClassification" in type(judge).__name__:
+            model(input_ids=ids, attention_mask=mask)
+        else:
+            completion_logprobs(model, ids, mask, tokens)
+    return stage.peak, stage.work
+
+
+def _update(policy: nn.Module, shape: _Shape, *, accumulates: bool) -> tuple[dict[str, int], list[Work]]:
+    config = shape.config
+    model, stage = _stage(policy)
+    if accumulates:  # the gradients of the micro-batches before
+        with stage.fake:
+            for weight in model.parameters():
+                weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+        stage.watch(model)
+    inputs, how = shape.micro_batch()
+    ids, _, tokens = inputs
+    before = torch.zeros(len(ids), tokens)
+    with stage:
+        model.train()
+        with shape.autocast():
+            scores = completion_scores(model, *inputs, **how)
+        terms = grpo_loss(
+            scores.logprobs, before if config.num_iterations > 1 else None, torch.zeros(len(ids)), torch.ones(len(ids), tokens, dtype=torch.bool),
+            ref_logprobs=before if config.kl_coef > 0 else None, kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_estimator=config.kl_estimator, importance=config.importance, surrogate=config.surrogate,
+            aggregation=config.aggregation, constant=config.aggregation_constant or tokens,
+        )  # fmt: skip
+        stage.backward = True
+        terms.loss.backward()
+    return stage.peak, stage.work
+
+
+# --- what would fit -----------------------------------------------------------------------------------------
+
+
+def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence | None = None) -> Plan | None:
+    """The plan that fits with the fewest changes: first those that change no number, then LoRA, then K, then length.
+
+    kl_coef is left alone, though 0 would need no reference: it is part of what is trained for.
+
+    Args:
+        found: a plan that does not fit.
+        model, reward_model: as they were given to `plan`.
+    Returns: None if nothing does: take a smaller model.
+    """
+
+    def tried(changes: dict[str, Any]) -> Plan | None:
+        config = found.config.replace(**changes)
+        new = plan(config, model, reward_model=reward_model, machine=found.machine,
+                   prompt_tokens=found.prompt_tokens, name=found.name)  # fmt: skip
+        return new if new.fits else None
+
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    for level in _levels(found.config, can_adapt=not is_adapted(model)):
+        smallest = found.config.replace(**level[-1])
+        *_, standing = _standing(smallest, model, judges, _Shape(smallest, found.precision, found.prompt_tokens, 0))
+        least = sum(standing.values()) - standing["gradients"] + found.machine.taken
+        if least > found.machine.memory or (last := tried(level[-1])) is None:
+            continue
+        return next((plan for changes in level[:-1] if (plan := tried(changes)) is not None), last)
+    return None
+
+
+def _levels(config: GRPOConfig, *, can_adapt: bool) -> list[list[dict[str, Any]]]:
+    """Changes from the mildest to the hardest; within a level, each needs less memory than the one before."""
+    prompts = config.prompts_per_step
+    smaller = [{"batch_size": b, "gradient_accumulation_steps": prompts // b}
+               for b in range(config.batch_size - 1, 0, -1) if config.batch_size % b == 0]  # fmt: skip
+    recompute = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    adapt = [{"lora_rank": 16}] if can_adapt and config.lora_rank is None else []
+    levels = [smaller] if smaller else []
+    levels += [[change, *(change | size for size in smaller)] for change in recompute]
+    for adapter in adapt:
+        levels.append([adapter, *(adapter | size for size in smaller)])
+        levels += [[adapter | change, *(adapter | change | size for size in smaller)] for change in recompute]
+    hardest = levels[-1][-1] if levels else {}
+    K, tokens = config.num_generations_per_prompt, config.max_new_tokens
+    fewer = [hardest | {"num_generations_per_prompt": k} for k in _halves(K, 2)]
+    hardest = fewer[-1] if fewer else hardest
+    shorter = [hardest | {"max_new_tokens": t} for t in _halves(tokens, 16)]
+    return levels + [level for level in (fewer, shorter) if level]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    return [value // 2**i for i in range(1, value.bit_length()) if value // 2**i >= least]
+
+
+def changes(found: Plan, before: GRPOConfig) -> str:
+    """As flags of the command line, what differs from the config before."""
+    new, old = found.config.to_dict(), before.to_dict()
+    different = {name: value for name, value in new.items() if value != old[name]}
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in different.items())
