@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from grpo_lab.devices import (
     resolve_precision,
     trainable_in_float32,
 )
+from grpo_lab.forward import built_like, completion_states
 from grpo_lab.logprobs import token_logprobs, truncate
 from grpo_lab.losses import grpo_loss
 from grpo_lab.rehearsal import NUCLEUS, Rehearsal, Work, emptied, size_of
@@ -195,16 +196,17 @@ def plan(
             f"prompt_tokens must be at least 1, and with max_new_tokens {config.max_new_tokens} fit into the model's "
             f"context of {context}, got {prompt_tokens}."
         )
-    if machine is None:
-        machine = this_machine(config)
-    elif not isinstance(machine, Machine):
+    if isinstance(machine, str):
         machine = named_machine(machine)
-    precision = _precision(config, machine)
+    device = machine.device if machine else resolve_device(config.device)
     judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
-    rehearsed = _Rehearsed(config, model, [j for j in judges if isinstance(j, nn.Module)], precision, prompt_tokens)
-    phases, seconds = rehearsed.on(machine)
+    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    precision = _precision(config, machine)
+    phases = _rehearse(_Shape.of(config, model, precision, prompt_tokens), model, judges, captures=device == "cuda")
+    machine = machine or this_machine(config)  # last: what the rehearsal leaves behind is taken, too
     name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
-    return Plan(name, config, machine, precision, prompt_tokens, phases, seconds)
+    seconds = {phase.name: phase.seconds(machine, precision) for phase in phases}
+    return Plan(name, config, machine, precision, prompt_tokens, {p.name: p.on(machine) for p in phases}, seconds)
 
 
 def named_machine(name: str) -> Machine:
@@ -215,9 +217,9 @@ def named_machine(name: str) -> Machine:
     return known[name.lower()]
 
 
-def _precision(config: GRPOConfig, machine: Machine) -> str:
-    if machine.measured:
-        return resolve_precision(config.precision, machine.device)
+def _precision(config: GRPOConfig, machine: Machine | None) -> str:
+    if machine is None or machine.measured:
+        return resolve_precision(config.precision, machine.device if machine else resolve_device(config.device))
     if config.precision == "auto" and machine.device == "cuda":
         return "fp16" if machine.name == "T4" else "bf16"
     return "fp32" if config.precision == "auto" else resolve_precision(config.precision, machine.device)
@@ -281,6 +283,18 @@ class _Shape:
     kept: int
     """Tokens that could have been drawn, at each position; 0 if all could."""
 
+    @classmethod
+    def of(cls, config: GRPOConfig, model: nn.Module, precision: str, prompt: int) -> "_Shape":
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        some = 0 < config.top_k < vocabulary or config.top_p < 1
+        return cls(config, precision, prompt, min(config.top_k or NUCLEUS, vocabulary) if some else 0)
+
+    @property
+    def sampled_at_once(self) -> int:
+        """Prompts, as in the trainer."""
+        config = self.config
+        return min(config.prompts_per_step, config.batch_size * (1 if config.gradient_checkpointing else 4))
+
     def rows(self, prompts: int, columns: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask: prompts that differ, each with K completions that differ."""
         K, draws = self.config.num_generations_per_prompt, torch.Generator().manual_seed(0)
@@ -300,69 +314,65 @@ class _Shape:
         return autocast(torch.device("cpu"), self.precision)
 
 
-class _Rehearsed:
-    """What a step needs, on whatever machine."""
+class _Phase(NamedTuple):
+    """Of a step: sampling, scoring, update."""
 
-    def __init__(self, config: GRPOConfig, model: nn.Module, judges: list[nn.Module], precision: str, prompt: int):
-        self.config, self.precision = config, precision
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        cut = 0 < config.top_k < vocabulary or config.top_p < 1
-        kept = min(config.top_k or NUCLEUS, vocabulary) if cut else 0
-        self.shape = _Shape(config, precision, prompt, kept)
-        self.policy, self.reference, self.standing = _standing(config, model, judges, self.shape)
-        self.judges = [emptied(judge) for judge in judges]
+    name: str
+    parts: dict[str, int]
+    """Bytes at its highest point, without what the machine itself takes."""
+    work: list[tuple[float, list[Work]]]
+    """How many times which operations."""
 
-    def on(self, machine: Machine) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
-        """Bytes of each part, and seconds, of each phase."""
-        config, standing = self.config, self.standing
-        accumulation = config.gradient_accumulation_steps
-        at_once = min(config.prompts_per_step, config.batch_size * (1 if config.gradient_checkpointing else 4))
-        gradients = standing["gradients"]
-        seconds: dict[str, float] = {}
+    def on(self, machine: Machine) -> dict[str, int]:
+        """The parts, with what the machine takes."""
+        moving = sum(self.parts[part] for part in ("gradients", "cache", "activations", "logits"))
+        return self.parts | {"everything else": int(machine.taken + machine.reserve * moving)}
 
-        def highest(*peaks: dict[str, int]) -> dict[str, int]:
-            return max(peaks, key=lambda peak: sum(peak.values()))
+    def seconds(self, machine: Machine, precision: str) -> float:
+        return sum(times * machine.seconds(work, precision) for times, work in self.work)
 
-        def lasts(work: list[Work]) -> float:
-            return machine.seconds(work, self.precision)
 
-        peaks, first, last, reading, kept_cache = _sampling(self.policy, self.shape, at_once, machine.device == "cuda")
-        sampled = highest(*peaks)
-        tokens = config.max_new_tokens
-        seconds["sampling"] = (config.prompts_per_step / at_once) * (
-            lasts(reading) + (tokens - 1) * (lasts(first) + lasts(last)) / 2
+def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captures: bool) -> list[_Phase]:
+    """The phases of a step; captures: sampling replays a captured step, as on CUDA."""
+    config, accumulation = shape.config, shape.config.gradient_accumulation_steps
+    policy, reference, standing = _standing(shape, model, judges)
+    phases = []
+
+    def add(name: str, stays: dict[str, int], peaks: list[dict[str, int]], work: list[tuple[float, list[Work]]]):
+        parts = dict.fromkeys(PARTS, 0) | standing | stays
+        highest = max(peaks, key=lambda peak: sum(peak.values()), default={})
+        phases.append(_Phase(name, parts | {part: parts[part] + size for part, size in highest.items()}, work))
+
+    asked, stage = _stage(policy)
+    with stage:  # once where its head begins, and not with each of the copies
+        completion_states(asked, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)
+    built_like(policy, asked)
+    peaks, reading, tokens, captured = _sampling(policy, shape, captures=captures)
+    times = config.prompts_per_step / shape.sampled_at_once
+    steps = [(times * (config.max_new_tokens - 1) / len(tokens), work) for work in tokens]
+    add("sampling", {}, peaks, [(times, reading), *steps])
+
+    scored = []
+    if config.kl_coef > 0:
+        scored.append(
+            _scoring(built_like(reference, policy) if reference else policy, shape, adapted=reference is None)
         )
-        scored = [_scoring(model, self.shape, off) for model, off in self._scorers()]
-        scored += [_judging(judge, self.shape) for judge in self.judges]
-        seconds["scoring"] = accumulation * sum(lasts(work) for _, work in scored)
-        updated, work = _update(self.policy, self.shape, accumulates=accumulation > 1)
-        seconds["update"] = accumulation * lasts(work) + gradients / 4 * ADAM_TRAFFIC / machine.bandwidth
-        moving = {"sampling": sampled, "scoring": highest({}, *(peak for peak, _ in scored)), "update": updated}
-        phases = {}
-        for phase, peak in moving.items():
-            parts = dict.fromkeys(PARTS, 0) | standing
-            if phase == "update" and accumulation == 1:
-                parts["gradients"] = 0  # they were thrown away, and arise as the activations go
-            if phase != "sampling":
-                parts["cache"] = kept_cache  # of the captured step, which stays
-            for part, size in peak.items():
-                parts[part] += size
-            reserve = machine.reserve * sum(parts[part] for part in ("activations", "logits", "gradients", "cache"))
-            parts["everything else"] = int(machine.taken + reserve)
-            phases[phase] = parts
-        return phases, seconds
+    if config.kl_coef > 0 and config.kl_in == "reward":
+        scored.append(_scoring(policy, shape))
+    scored += [_judging(judge, shape) for judge in judges]
+    add("scoring", {"cache": captured}, [peak for peak, _ in scored], [(accumulation, work) for _, work in scored])
 
-    def _scorers(self) -> list[tuple[nn.Module, bool]]:
-        """Models that score completions, and whether with their adapter off."""
-        if self.config.kl_coef == 0:
-            return []
-        found = [(self.policy, True) if self.reference is None else (self.reference, False)]
-        return found + ([(self.policy, False)] if self.config.kl_in == "reward" else [])
+    peak, work = _update(policy, shape)
+    adam = Work(0, standing["gradients"] // 4 * ADAM_TRAFFIC)
+    # gradients of the step before are thrown away, and arise anew as the activations go
+    stays = {"cache": captured} | ({"gradients": 0} if accumulation == 1 else {})
+    add("update", stays, [peak], [(accumulation, work), (1, [adam])])
+    return phases
 
 
-def _standing(config: GRPOConfig, model: nn.Module, judges: list[nn.Module], shape: _Shape):
+def _standing(shape: _Shape, model: nn.Module, judges: list[nn.Module]):
     """The policy and the reference as the trainer prepares them, without contents, and the bytes of all that stays."""
-    policy = emptied(model)
+    config, policy = shape.config, emptied(model)
     if config.lora_rank:
         with torch.device("meta"):
             policy = add_lora(policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
@@ -401,31 +411,31 @@ def _stage(model: nn.Module) -> tuple[nn.Module, Rehearsal]:
     return hollow, stage
 
 
-def _sampling(policy: nn.Module, shape: _Shape, prompts: int, captured: bool):
-    """Peaks, and the work of the first token, of the last, and of reading the prompts; bytes that stay afterwards."""
+def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool):
+    """Peaks; the work of reading the prompts; that of one token, at first and at last; bytes that stay afterwards."""
     config, K = shape.config, shape.config.num_generations_per_prompt
-    tokens = config.max_new_tokens
     model, stage = _stage(policy)
-    ids, mask = shape.rows(prompts, shape.prompt + tokens)
-    prompt_ids, prompt_mask = ids[::K, : shape.prompt], mask[::K, : shape.prompt]
+    ids, mask = shape.rows(shape.sampled_at_once, shape.prompt + config.max_new_tokens)
     with stage, torch.no_grad(), shape.autocast():
         model.eval()
-        says = Growing(model, prompt_ids, prompt_mask, K)
+        says = Growing(model, ids[::K, : shape.prompt], mask[::K, : shape.prompt], K)
         peaks, reading = [_with_cache(stage, says)], stage.work
-        if captured and (fixed := _captured(model, says, K, shape.prompt + tokens)) is not None:
+        if captures and (fixed := _captured(model, says, K, ids.shape[1])) is not None:
             stage.reset()
+            before = sum(stage.live.values())
             _one_token(fixed, ids, config)
             peak = _with_cache(stage, fixed)
-            return [*peaks, peak], stage.work, stage.work, reading, sum(peak.values())
+            # the graph keeps all that its step computes with, beside the cache
+            return [*peaks, peak], reading, [stage.work], peak["cache"] + sum(stage.peak.values()) - before
         stage.reset()
         _one_token(says, ids, config)
         first = stage.work
+        stage.reset()
         del says
         says = Growing(model, ids[:, :-1], mask[:, :-1], 1)  # as it stands before the last token
         stage.reset()
         _one_token(says, ids, config)
-        peaks.append(_with_cache(stage, says))
-    return peaks, first, stage.work, reading, 0
+        return [*peaks, _with_cache(stage, says)], reading, [first, stage.work], 0
 
 
 def _captured(model: nn.Module, grown: Growing, num_generations: int, columns: int) -> Captured | None:
@@ -457,12 +467,12 @@ def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
     return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
 
 
-def _scoring(scorer: nn.Module, shape: _Shape, without_adapter: bool) -> tuple[dict[str, int], list[Work]]:
+def _scoring(scorer: nn.Module, shape: _Shape, *, adapted: bool = False) -> tuple[dict[str, int], list[Work]]:
     model, stage = _stage(scorer)
     inputs, how = shape.micro_batch()
     with stage, torch.no_grad(), shape.autocast():
         model.eval()
-        with model.disable_adapter() if without_adapter else nullcontext():
+        with model.disable_adapter() if adapted else nullcontext():  # the policy is its own reference
             completion_logprobs(model, *inputs, **how)
     return stage.peak, stage.work
 
@@ -479,10 +489,10 @@ def _judging(judge: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work
     return stage.peak, stage.work
 
 
-def _update(policy: nn.Module, shape: _Shape, *, accumulates: bool) -> tuple[dict[str, int], list[Work]]:
+def _update(policy: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
     config = shape.config
     model, stage = _stage(policy)
-    if accumulates:  # the gradients of the micro-batches before
+    if config.gradient_accumulation_steps > 1:  # there are the gradients of the micro-batches before
         with stage.fake:
             for weight in model.parameters():
                 weight.grad = torch.empty_like(weight) if weight.requires_grad else None
@@ -529,7 +539,7 @@ def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence
     judges = [judge for judge in judges if isinstance(judge, nn.Module)]
     for level in _levels(found.config, can_adapt=not is_adapted(model)):
         smallest = found.config.replace(**level[-1])
-        *_, standing = _standing(smallest, model, judges, _Shape(smallest, found.precision, found.prompt_tokens, 0))
+        *_, standing = _standing(_Shape(smallest, found.precision, found.prompt_tokens, 0), model, judges)
         least = sum(standing.values()) - standing["gradients"] + found.machine.taken
         if least > found.machine.memory or (last := tried(level[-1])) is None:
             continue
@@ -565,4 +575,6 @@ def changes(found: Plan, before: GRPOConfig) -> str:
     """As flags of the command line, what differs from the config before."""
     new, old = found.config.to_dict(), before.to_dict()
     different = {name: value for name, value in new.items() if value != old[name]}
-    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in different.items())
+    return " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in different.items()
+    )

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from grpo_lab.forward import built_like
+
 aten = torch.ops.aten
 NUCLEUS = 256  # tokens that top-p alone is taken to keep at most: assumed, since only contents could tell
 READ_IN_PART = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default,
@@ -143,7 +145,7 @@ def emptied(model: nn.Module, fake: FakeTensorMode | None = None) -> nn.Module:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             is_weight = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
-    return copy.deepcopy(model, memo)
+    return built_like(copy.deepcopy(model, memo), model)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
