@@ -70,7 +70,9 @@ def make_model(shape: str):
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     if shape == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=6, n_head=8, vocab_size=8000, **special)), make_tokenizer()
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=512, n_layer=6, n_head=8, vocab_size=8000, **special)
+        ), make_tokenizer()
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[shape]
     config = Qwen2Config(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -111,7 +113,9 @@ def measure(name: str, folder: str) -> dict:
 
     judge = reward
     if name == "reward model":
-        judge = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**model.config.to_dict() | {"num_labels": 1}))
+        judge = transformers.Qwen2ForSequenceClassification(
+            transformers.Qwen2Config(**model.config.to_dict() | {"num_labels": 1})
+        )
     began = time.perf_counter()
     planned = plan(config, model, reward_model=judge, prompt_tokens=prompt_tokens)
     planning = time.perf_counter() - began
@@ -167,7 +171,9 @@ def main() -> int:
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return 0
-    print(f"{'':24}{'planned':>9}{'measured':>10}{'ratio':>7}  {'highest in':10}{'planned':>9}{'measured':>10}{'to plan':>10}")
+    print(
+        f"{'':24}{'planned':>9}{'measured':>10}{'ratio':>7}  {'highest in':10}{'planned':>9}{'measured':>10}{'to plan':>10}"
+    )
     print(f"{'':24}{'GiB':>9}{'GiB':>10}{'':19}{'s/step':>9}{'s/step':>10}{'s':>10}")
     results = {}
     for name in arguments.names or RUNS:

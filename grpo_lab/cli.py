@@ -1,4 +1,4 @@
-"""The command line: `grpo-lab train`, `plot` and `doctor`, and what they print.
+"""The command line: `grpo-lab train`, `plan`, `plot` and `doctor`, and what they print.
 
 Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
 they are needed, so that `--help` answers at once.
@@ -81,9 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.set_defaults(command=train_command)
 
     run = train.add_argument_group("the run")
-    run.add_argument(
-        "--model-name", default="pocket", help="pocket (the embedded model), a Hub id or a folder (default: pocket)"
-    )
+    _add_model(run)
     run.add_argument(
         "--dataset",
         help="a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a Hub id[:config]; "
@@ -100,21 +98,28 @@ def make_parser() -> argparse.ArgumentParser:
         help="countdown, exact_answer, numeric_answer, format:REGEX, or FILE.py:FUNCTION; may be given several times",
     )
     run.add_argument(
-        "--reward-model",
-        help="a sequence-classification model with one output: a Hub id or a folder; "
-        "without any reward, the policy itself judges, as a demonstration",
-    )
-    run.add_argument("--preset", choices=list(PRESETS), help="settings to start from; explicit flags win")
-    run.add_argument(
         "--resume",
         nargs="?",
         const=True,
         metavar="CHECKPOINT",
         help="go on from the newest checkpoint in the output folder, or from this one",
     )
-    run.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
-    run.add_argument("--debug", action="store_true", help="show the traceback of an error")  # fmt: skip
+    run.add_argument("--force", action="store_true", help="train although the plan says that memory will not do")
     _add_settings(train.add_argument_group("settings", "defaults are those of GRPOConfig; a preset may change them"))
+
+    planned = commands.add_parser(
+        "plan",
+        help="what memory and time a run would take",
+        description="What memory and time a run would take, on this machine or a named one, before anything is loaded; "
+        "where it does not fit, the nearest settings that do. Exit status 1 if it does not fit.",
+    )
+    planned.set_defaults(command=plan_command)
+    run = planned.add_argument_group("the run")
+    _add_model(run)
+    run.add_argument("--machine", metavar="NAME", help="T4, L4, A100-40, A100-80, H100, H200, laptop or binder; "
+                     "without it, this machine, with what is free now")  # fmt: skip
+    run.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the longest prompt (default: 128)")
+    _add_settings(planned.add_argument_group("settings", "as in train"))
 
     plot = commands.add_parser(
         "plot",
@@ -139,6 +144,20 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--output-dir", default=folder, help=f"the folder a run would write to (default: {folder})")
     doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_model(group) -> None:
+    group.add_argument(
+        "--model-name", default="pocket", help="pocket (the embedded model), a Hub id or a folder (default: pocket)"
+    )
+    group.add_argument(
+        "--reward-model",
+        help="a sequence-classification model with one output: a Hub id or a folder; "
+        "without any reward, the policy itself judges, as a demonstration",
+    )
+    group.add_argument("--preset", choices=list(PRESETS), help="settings to start from; explicit flags win")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_settings(group) -> None:
@@ -256,6 +275,54 @@ def doctor_command(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def plan_command(options: argparse.Namespace) -> int:
+    """Print the plan, and below it the nearest that fits if this one does not; 1 if it does not."""
+    _refuse_empty(options)
+    config, _ = make_config(options)
+    from grpo_lab.planning import what_fits
+
+    found, models = _planned(options, config, options.prompt_tokens, options.machine)
+    print(found, flush=True)
+    if not found.fits:
+        print(what_fits(found, *models))
+    return 0 if found.fits else 1
+
+
+def _planned(options: argparse.Namespace, config: GRPOConfig, prompt_tokens: int | None, machine: str | None = None):
+    """The plan, and the models that it is for, which have no weights yet."""
+    import torch
+
+    from grpo_lab.devices import threads_for
+    from grpo_lab.planning import plan, without_weights
+
+    names = [name for name in (options.model_name, options.reward_model) if name]
+    for name in names:
+        _check_folder(name)
+    model, *judges = [
+        without_weights(name, judges=name != options.model_name, trust_remote_code=options.trust_remote_code)
+        for name in names
+    ]
+    torch.set_num_threads(threads_for(model))
+    how = {"machine": machine, "prompt_tokens": prompt_tokens, "name": options.model_name}
+    return plan(config, model, reward_model=judges, **how), (model, judges)
+
+
+def _plan_or_stop(options: argparse.Namespace, config: GRPOConfig, tokenizer, dataset) -> None:
+    """Say what the run will take, before its weights are loaded. Raises MemoryError if that is not there."""
+    from grpo_lab.data import encode_prompt, longest_prompts
+    from grpo_lab.planning import what_fits
+
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest_prompts(dataset))
+    try:
+        found, models = _planned(options, config, longest)
+    except Exception as error:  # a plan is a help; what is wrong with the run, the run itself will say
+        print(f"Plan: none could be made ({type(error).__name__}: {_one_sentence(error)[:200]})")
+        return
+    print(f"Plan: it {found.verdict}", flush=True)
+    if not found.fits and not options.force:
+        raise MemoryError(f"the run {found.verdict}. {what_fits(found, *models)} --force trains all the same.")
+
+
 def make_trainer(options: argparse.Namespace, config: GRPOConfig):
     """The trainer that the flags ask for. Raises ValueError or OSError for a model or dataset that is not there."""
     from grpo_lab import pocket
@@ -280,16 +347,23 @@ def make_trainer(options: argparse.Namespace, config: GRPOConfig):
         rows = range(min(options.max_train_samples, len(train_dataset)))
         train_dataset = train_dataset.select(rows)
 
-    model, tokenizer = pocket.load() if is_pocket else _load(options.model_name, options.trust_remote_code)
+    tokenizer = _tokenizer(pocket.WEIGHTS if is_pocket else options.model_name, options.trust_remote_code)
+    _plan_or_stop(options, config, tokenizer, train_dataset)
+    model = pocket.load()[0] if is_pocket else _load(options.model_name, options.trust_remote_code)
     return GRPOTrainer(model, None, _rewards(options, model, is_pocket), tokenizer, config, train_dataset, eval_dataset)
 
 
-def _load(name: str, trust_remote_code: bool):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(name: str | Path, trust_remote_code: bool):
+    from transformers import AutoTokenizer
 
-    _check_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code), tokenizer
+    _check_folder(str(name))
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def _load(name: str, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM
+
+    return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code)
 
 
 def _load_whole(kind, name: str, **settings):

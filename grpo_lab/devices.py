@@ -122,7 +122,7 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups, version 2 and 1
         try:
-            quota, period = " ".join((Path("/sys/fs/cgroup") / name).read_text() for name in names).split()
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
             if int(quota) > 0:
                 return max(1, min(cores, int(quota) // int(period)))
         except (OSError, ValueError):  # not this version, or no quota ("max", -1)
@@ -133,14 +133,18 @@ def available_cores() -> int:
 def container_memory() -> tuple[int, int] | None:
     """Bytes that the container may use, and uses, without what files fill for the time being; None without a limit."""
     for folder, name in ((CGROUP, "memory.max"), (CGROUP / "memory", "memory.limit_in_bytes")):  # versions 2 and 1
-        try:
-            limit = (folder / name).read_text().strip()
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:
-            continue
+        limit = _read(folder / name).strip()
         if limit.isdecimal() and int(limit) < psutil.virtual_memory().total:
+            counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
             return int(limit), int(counts.get("anon") or counts.get("total_rss") or 0)
     return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def free_memory(device: str) -> int:

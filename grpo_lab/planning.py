@@ -9,6 +9,7 @@ An operation is taken to last as long as its arithmetic or its memory traffic, w
 launch at least. Peak rates of named machines are their makers'; how much of them is reached is assumed.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grpo_lab import pocket
 from grpo_lab.adapters import add_lora, is_adapted
 from grpo_lab.config import GRPOConfig
 from grpo_lab.decoding import ROUND, Captured, Growing
@@ -175,7 +177,7 @@ def plan(
     *,
     reward_model: nn.Module | Sequence | None = None,
     machine: str | Machine | None = None,
-    prompt_tokens: int = PROMPT_TOKENS,
+    prompt_tokens: int | None = None,
     name: str | None = None,
 ) -> Plan:
     """What would this run need, and is it there? Takes seconds for a model of billions of weights, and no memory.
@@ -185,16 +187,17 @@ def plan(
         model: the policy as it would be given to the trainer; one on the meta device, without weights, will do.
         reward_model: as the trainer takes it; functions need nothing.
         machine: one of MACHINES by name, or None: this one, with what is free now.
-        prompt_tokens: the longest prompt.
+        prompt_tokens: of the longest prompt; None: 128, or what the model's context leaves.
         name: of the model, for the table.
     Raises: ValueError for an unknown machine, or lengths that the model does not take.
     """
     config = config or GRPOConfig()
-    context = getattr(model.config, "max_position_embeddings", None)
-    if prompt_tokens < 1 or (context and prompt_tokens + config.max_new_tokens > context):
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
+    prompt_tokens = min(PROMPT_TOKENS, room) if prompt_tokens is None else prompt_tokens
+    if not 1 <= prompt_tokens <= room:
         raise ValueError(
-            f"prompt_tokens must be at least 1, and with max_new_tokens {config.max_new_tokens} fit into the model's "
-            f"context of {context}, got {prompt_tokens}."
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens {config.max_new_tokens} do not fit into the "
+            f"model's context of {room + config.max_new_tokens}. Shorten the prompt or lower --max-new-tokens."
         )
     if isinstance(machine, str):
         machine = named_machine(machine)
@@ -505,11 +508,18 @@ def _update(policy: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work
         with shape.autocast():
             scores = completion_scores(model, *inputs, **how)
         terms = grpo_loss(
-            scores.logprobs, before if config.num_iterations > 1 else None, torch.zeros(len(ids)), torch.ones(len(ids), tokens, dtype=torch.bool),
-            ref_logprobs=before if config.kl_coef > 0 else None, kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
-            kl_estimator=config.kl_estimator, importance=config.importance, surrogate=config.surrogate,
-            aggregation=config.aggregation, constant=config.aggregation_constant or tokens,
-        )  # fmt: skip
+            scores.logprobs,
+            before if config.num_iterations > 1 else None,
+            torch.zeros(len(ids)),
+            torch.ones(len(ids), tokens, dtype=torch.bool),
+            ref_logprobs=before if config.kl_coef > 0 else None,
+            kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_estimator=config.kl_estimator,
+            importance=config.importance,
+            surrogate=config.surrogate,
+            aggregation=config.aggregation,
+            constant=config.aggregation_constant or tokens,
+        )
         stage.backward = True
         terms.loss.backward()
     return stage.peak, stage.work
@@ -543,7 +553,7 @@ def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence
         least = sum(standing.values()) - standing["gradients"] + found.machine.taken
         if least > found.machine.memory or (last := tried(level[-1])) is None:
             continue
-        return next((plan for changes in level[:-1] if (plan := tried(changes)) is not None), last)
+        return next((milder for changes in level[:-1] if (milder := tried(changes)) is not None), last)
     return None
 
 
@@ -571,10 +581,50 @@ def _halves(value: int, least: int) -> list[int]:
     return [value // 2**i for i in range(1, value.bit_length()) if value // 2**i >= least]
 
 
-def changes(found: Plan, before: GRPOConfig) -> str:
-    """As flags of the command line, what differs from the config before."""
-    new, old = found.config.to_dict(), before.to_dict()
-    different = {name: value for name, value in new.items() if value != old[name]}
-    return " ".join(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in different.items()
+def what_fits(found: Plan, model: nn.Module, reward_model: nn.Module | Sequence | None = None) -> str:
+    """In a sentence, with the flags of the command line, the nearest plan that fits."""
+    near = nearest(found, model, reward_model=reward_model)
+    if near is None:
+        return f"Nothing near it fits on {found.machine.name}: a smaller model, or {_larger(found)}."
+    before, after = found.config.to_dict(), near.config.to_dict()
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in after.items() if value != before[name])
+    return f"What fits: {' '.join(flags).replace(' True', '')} ({near.peak / GIB:.2f} GiB)."
+
+
+def _larger(found: Plan) -> str:
+    room = sorted((m for m in MACHINES.values() if m.device == "cuda"), key=lambda machine: machine.memory)
+    return next(
+        (f"a machine like {m.name}" for m in room if m.memory > found.peak), "several GPUs, as in docs/MOVING_ON.md"
     )
+
+
+def without_weights(name: str, *, judges: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """A model on the meta device, of a shape that is known here, or from the config.json of a folder or a Hub id.
+
+    Args:
+        name: "pocket", one of SHAPES, a folder or a Hub id.
+        judges: a sequence-classification model, not a causal LM.
+    Raises: ValueError if there is no config to be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+
+    if name in SHAPES and not judges:
+        hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+        config = Qwen2Config(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=hidden < 3584,
+            max_position_embeddings=32768, dtype="bfloat16",
+        )  # fmt: skip
+    else:
+        try:
+            folder = pocket.WEIGHTS if name == "pocket" else name
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"could not read the shape of {name} ({type(error).__name__}: {first_line[:200]}). Without a network: "
+                f"a folder with a config.json, pocket, {', '.join(SHAPES)}."
+            ) from error
+    kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code)

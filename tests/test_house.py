@@ -24,11 +24,12 @@ FLOORS = [
         "reward_models",
         "adapters",
         "batches",
+        "rehearsal",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
     {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
-    {"checks"},
+    {"checks", "planning"},
     {"widgets", "lessons", "doctor"},
     {"cli", "train_grpo"},
 ]
