@@ -1,6 +1,8 @@
 """Where a model computes, and how precisely: device, precision, threads, dropout."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,7 @@ from torch import nn
 
 SMALL_MODEL = 10_000_000  # weights
 CGROUP = Path("/sys/fs/cgroup")
+M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], folder: str) -> Accelerator:
@@ -99,9 +102,22 @@ def disable_dropout(model: nn.Module) -> None:
 
 def enable_checkpointing(model: nn.Module) -> None:
     """Keep only each layer's input for the backward pass, and compute the rest once more there (in train mode)."""
+    if next(model.parameters()).device.type == "cpu":
+        return_freed_memory()
     # transformers renamed it in 5.2x; older versions know the second name only
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def return_freed_memory() -> None:
+    """Have glibc give blocks of a megabyte or more back to the system as soon as they are freed; for good.
+
+    By itself it keeps blocks of up to 32 MB, and where layers are computed anew what it keeps falls into pieces:
+    checkpointing would save nothing. It costs time, since fresh memory has to be filled with zeros (25 M weights,
+    4 prompts x 16 completions of 24 tokens: 1.10 instead of 1.84 GiB at the highest, a third more processor time).
+    """
+    with suppress(OSError, AttributeError, TypeError):  # no glibc: another allocator, which may do so anyway
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def threads_for(model: nn.Module) -> int:

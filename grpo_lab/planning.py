@@ -435,7 +435,8 @@ def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool):
         first = stage.work
         stage.reset()
         del says
-        says = Growing(model, ids[:, :-1], mask[:, :-1], 1)  # as it stands before the last token
+        columns = max(1, ids.shape[1] - 2)  # as it stands before the last token that is read: the one after is not
+        says = Growing(model, ids[:, :columns], mask[:, :columns], 1)
         stage.reset()
         _one_token(says, ids, config)
         return [*peaks, _with_cache(stage, says)], reading, [first, stage.work], 0
@@ -538,22 +539,27 @@ def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence
         model, reward_model: as they were given to `plan`.
     Returns: None if nothing does: take a smaller model.
     """
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    machine = found.machine
 
     def tried(changes: dict[str, Any]) -> Plan | None:
         config = found.config.replace(**changes)
-        new = plan(config, model, reward_model=reward_model, machine=found.machine,
-                   prompt_tokens=found.prompt_tokens, name=found.name)  # fmt: skip
+        shape = _Shape.of(config, model, found.precision, found.prompt_tokens)
+        policy, _, standing = _standing(shape, model, judges)
+        if config.gradient_accumulation_steps == 1:
+            standing["gradients"] = 0
+        # what is known at once, and what nearly always decides, come before the whole
+        least = sum(standing.values()) + machine.taken
+        if least > machine.memory or least + sum(_update(policy, shape)[0].values()) > machine.memory:
+            return None
+        new = plan(config, model, reward_model=judges, machine=machine, prompt_tokens=found.prompt_tokens,
+                   name=found.name)  # fmt: skip
         return new if new.fits else None
 
-    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
-    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
     for level in _levels(found.config, can_adapt=not is_adapted(model)):
-        smallest = found.config.replace(**level[-1])
-        *_, standing = _standing(_Shape(smallest, found.precision, found.prompt_tokens, 0), model, judges)
-        least = sum(standing.values()) - standing["gradients"] + found.machine.taken
-        if least > found.machine.memory or (last := tried(level[-1])) is None:
-            continue
-        return next((milder for changes in level[:-1] if (milder := tried(changes)) is not None), last)
+        if (last := tried(level[-1])) is not None:
+            return next((milder for changes in level[:-1] if (milder := tried(changes)) is not None), last)
     return None
 
 
