@@ -23,6 +23,7 @@ _PUBLIC = {
     "config": ("GRPOConfig",),
     "batches": ("StepRecord",),
     "trainer": ("GRPOTrainer",),
+    "planning": ("plan",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = list(_HOME)

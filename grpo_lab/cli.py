@@ -1,4 +1,4 @@
-"""The command line: `grpo-lab train`, `plot` and `doctor`, and what they print.
+"""The command line: `grpo-lab train`, `plan`, `plot` and `doctor`, and what they print.
 
 Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
 they are needed, so that `--help` answers at once.
@@ -96,21 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.set_defaults(command=train_command)
 
     run = train.add_argument_group("the run")
-    run.add_argument(
-        "--task",
-        metavar="NAME",
-        help="what is learned, with model, prompts, rewards and settings to start from: "
-        f"{'; '.join(f'{name} ({task.source})' for name, task in TASKS.items())}; reasoning-gym:NAME (a task of that "
-        "package, made without a network). "
-        "Without --task, --dataset and --model-name: pocket. Every other flag wins",
-    )
-    run.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        help="settings to start from, over those of the task; explicit flags win. "
-        f"{' and '.join(TASKS)} are the tasks of these names, the others are variants of GRPO",
-    )
-    run.add_argument("--model-name", help="pocket (the embedded model), a Hub id or a folder (default: the task's)")
+    _add_model(run)
     run.add_argument(
         "--dataset",
         help="a .txt (one prompt a line), .jsonl, .csv or .parquet file, or a Hub id[:config], instead of the task's; "
@@ -145,20 +131,28 @@ def make_parser() -> argparse.ArgumentParser:
         "format:REGEX, or FILE.py:FUNCTION; may be given several times, and the first says what is right",
     )
     run.add_argument(
-        "--reward-model",
-        help="a sequence-classification model with one output: a Hub id or a folder; "
-        "without any reward, the policy itself judges, as a demonstration",
-    )
-    run.add_argument(
         "--resume",
         nargs="?",
         const=True,
         metavar="CHECKPOINT",
         help="go on from the newest checkpoint in the output folder, or from this one",
     )
-    run.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
-    run.add_argument("--debug", action="store_true", help="show the traceback of an error")  # fmt: skip
+    run.add_argument("--force", action="store_true", help="train although the plan says that memory will not do")
     _add_settings(train.add_argument_group("settings", "defaults are those of GRPOConfig; a preset may change them"))
+
+    planned = commands.add_parser(
+        "plan",
+        help="what memory and time a run would take",
+        description="What memory and time a run would take, on this machine or a named one, before anything is loaded; "
+        "where it does not fit, the nearest settings that do. Exit status 1 if it does not fit.",
+    )
+    planned.set_defaults(command=plan_command, dataset=None, reward=None)
+    run = planned.add_argument_group("the run")
+    _add_model(run)
+    run.add_argument("--machine", metavar="NAME", help="T4, L4, A100-40, A100-80, H100, H200, laptop or binder; "
+                     "without it, this machine, with what is free now")  # fmt: skip
+    run.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the longest prompt (default: 128)")
+    _add_settings(planned.add_argument_group("settings", "as in train"))
 
     plot = commands.add_parser(
         "plot",
@@ -183,6 +177,31 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--output-dir", default=folder, help=f"the folder a run would write to (default: {folder})")
     doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_model(group) -> None:
+    group.add_argument(
+        "--task",
+        metavar="NAME",
+        help="what is learned, with model, prompts, rewards and settings to start from: "
+        f"{'; '.join(f'{name} ({task.source})' for name, task in TASKS.items())}; reasoning-gym:NAME (a task of that "
+        "package, made without a network). "
+        "Without --task, --dataset and --model-name: pocket. Every other flag wins",
+    )
+    group.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="settings to start from, over those of the task; explicit flags win. "
+        f"{' and '.join(TASKS)} are the tasks of these names, the others are variants of GRPO",
+    )
+    group.add_argument("--model-name", help="pocket (the embedded model), a Hub id or a folder (default: the task's)")
+    group.add_argument(
+        "--reward-model",
+        help="a sequence-classification model with one output: a Hub id or a folder; "
+        "without any reward, the policy itself judges, as a demonstration",
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a Hub model")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_settings(group) -> None:
@@ -317,6 +336,54 @@ def doctor_command(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def plan_command(options: argparse.Namespace) -> int:
+    """Print the plan, and below it the nearest that fits if this one does not; 1 if it does not."""
+    _refuse_empty(options)
+    config, _ = make_config(options)
+    from grpo_lab.planning import what_fits
+
+    found, models = _planned(options, config, options.prompt_tokens, options.machine)
+    print(found, flush=True)
+    if not found.fits:
+        print(what_fits(found, *models))
+    return 0 if found.fits else 1
+
+
+def _planned(options: argparse.Namespace, config: GRPOConfig, prompt_tokens: int | None, machine: str | None = None):
+    """The plan, and the models that it is for, which have no weights yet."""
+    import torch
+
+    from grpo_lab.devices import threads_for
+    from grpo_lab.planning import plan, without_weights
+
+    names = [name for name in (model_name(options), options.reward_model) if name]
+    for name in names:
+        _check_folder(name)
+    model, *judges = [
+        without_weights(name, judges=name != model_name(options), trust_remote_code=options.trust_remote_code)
+        for name in names
+    ]
+    torch.set_num_threads(threads_for(model))
+    how = {"machine": machine, "prompt_tokens": prompt_tokens, "name": model_name(options)}
+    return plan(config, model, reward_model=judges, **how), (model, judges)
+
+
+def _plan_or_stop(options: argparse.Namespace, config: GRPOConfig, tokenizer, dataset) -> None:
+    """Say what the run will take, before its weights are loaded. Raises MemoryError if that is not there."""
+    from grpo_lab.data import encode_prompt, longest_prompts
+    from grpo_lab.planning import what_fits
+
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest_prompts(dataset))
+    try:
+        found, models = _planned(options, config, longest)
+    except Exception as error:  # a plan is a help; what is wrong with the run, the run itself will say
+        print(f"Plan: none could be made ({type(error).__name__}: {_one_sentence(error)[:200]})")
+        return
+    print(f"Plan: it {found.verdict}", flush=True)
+    if not found.fits and not options.force:
+        raise MemoryError(f"the run {found.verdict}. {what_fits(found, *models)} --force trains all the same.")
+
+
 def make_trainer(options: argparse.Namespace, config: GRPOConfig):
     """The trainer that the flags ask for. Raises ValueError or OSError for a model or dataset that is not there."""
     from grpo_lab import pocket
@@ -326,7 +393,9 @@ def make_trainer(options: argparse.Namespace, config: GRPOConfig):
     rewards = _rewards(options, task)
     train, held_out = _data(options, task, rewards, config.seed)
     name = model_name(options)
-    model, tokenizer = pocket.load() if name == "pocket" else _load(name, options.trust_remote_code)
+    tokenizer = _tokenizer(pocket.WEIGHTS if name == "pocket" else name, options.trust_remote_code)
+    _plan_or_stop(options, config, tokenizer, train)
+    model = pocket.load()[0] if name == "pocket" else _load(name, options.trust_remote_code)
     return GRPOTrainer(model, None, rewards or model, tokenizer, config, train, held_out)
 
 
@@ -369,12 +438,17 @@ def _data(options: argparse.Namespace, task: Task | None, rewards: list, seed: i
     return tuple(as_chats(rows, options.system_prompt) if rows and options.system_prompt else rows for rows in some)
 
 
-def _load(name: str, trust_remote_code: bool):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(name: str | Path, trust_remote_code: bool):
+    from transformers import AutoTokenizer
 
-    _check_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code), tokenizer
+    _check_folder(str(name))
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def _load(name: str, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM
+
+    return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code)
 
 
 def _load_whole(kind, name: str, **settings):

@@ -117,6 +117,12 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
+def longest_prompts(dataset, number: int = 8) -> list[Prompt]:
+    """The longest texts, which are nearly always the longest in tokens, found without encoding them all."""
+    prompts = [dataset[i]["prompt"] for i in range(len(dataset))]
+    return sorted(prompts, key=lambda prompt: len(str(prompt)))[-number:]
+
+
 def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str | None = None, split: str = "train"):
     """A `datasets.Dataset` from a local .txt (a prompt a line), .jsonl, .json, .csv or .parquet, or from the Hub.
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 GB = 1e9  # bytes
 HUB_SECONDS = 3.0
-CGROUP, DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
+DRIVER = Path("/proc/driver/nvidia/version")
 INSTALL = "pip install -c constraints.txt"
 COSTS = {  # packages that a run can do without
     "matplotlib": "no training.png, no `grpo-lab plot`, no figures in the notebooks",
@@ -115,15 +115,12 @@ def memory() -> Iterator[Row]:
     """What the machine has free, and what the container may use of it."""
     import psutil
 
-    machine = psutil.virtual_memory()
-    room, words = machine.available, f"{machine.available / GB:.1f} GB free of {machine.total / GB:.1f} GB"
-    for folder, name in ((CGROUP, "memory.max"), (CGROUP / "memory", "memory.limit_in_bytes")):  # versions 2 and 1
-        limit = _read(folder / name).strip()
-        if limit.isdecimal() and int(limit) < machine.total:
-            counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-            used = int(counts.get("anon") or counts.get("total_rss") or 0)  # not what files fill for the time being
-            room = min(room, int(limit) - used)
-            words += f"; the container may use {int(limit) / GB:.1f} GB and uses {used / GB:.1f} GB"
+    from grpo_lab.devices import container_memory, free_memory
+
+    machine, room, container = psutil.virtual_memory(), free_memory("cpu"), container_memory()
+    words = f"{machine.available / GB:.1f} GB free of {machine.total / GB:.1f} GB"
+    if container is not None:
+        words += f"; the container may use {container[0] / GB:.1f} GB and uses {container[1] / GB:.1f} GB"
     little = "" if room > 2 * GB else "Close other programs and notebooks, or give the container more: "
     needs = "the pocket model takes 0.5 GB." if room < 0.5 * GB else "this is for the pocket model, not a large one."
     yield Row("memory", words, little and little + needs, room < 0.5 * GB)

@@ -159,6 +159,13 @@ def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
     return (body, head) if _separable[model] else (None, nn.Identity())
 
 
+def built_like(other: nn.Module, model: nn.Module) -> nn.Module:
+    """The other, a copy of the model: what has been found out about the model's head holds of it too."""
+    if model in _separable:
+        _separable[other] = _separable[model]
+    return other
+
+
 def _recomputes(model: nn.Module) -> bool:
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 

@@ -34,6 +34,7 @@ from grpo_lab.data import (
     checked_dataset,
     derived_seed,
     encode_prompt,
+    longest_prompts,
 )
 from grpo_lab.devices import (
     autocast,
@@ -504,9 +505,8 @@ class GRPOTrainer:
         return torch.rand(rows, self.config.max_new_tokens, generator=generator)
 
     def _check_longest_prompts(self) -> None:
-        """Better now than after a thousand steps; the longest texts are nearly always the longest in tokens."""
-        prompts = [self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset))]
-        longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
+        """Better now than after a thousand steps."""
+        longest = longest_prompts(self.train_dataset)
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in longest]
         check_context(self.policy, longest, ids, self.config.max_new_tokens)
 

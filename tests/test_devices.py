@@ -1,7 +1,13 @@
 """Devices, precision and threads."""
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import tiny_model
@@ -91,3 +97,35 @@ def test_every_kind_of_dropout_is_found():
     devices.disable_dropout(model)
     assert model.extra.p == model.model.layers[0].self_attn.attention_dropout == 0.0
     assert model.config.attention_dropout == 0.5  # what is saved still says how it was made
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "glibc" not in platform.libc_ver()[0], reason="glibc's allocator")
+def test_freed_memory_goes_back_to_the_system_where_checkpointing_asks_for_it():
+    code = """
+import psutil, torch
+from grpo_lab.devices import return_freed_memory
+
+def kept():  # MiB that are still held after 60 of 61 blocks of 4 MiB are freed
+    torch.ones(2**23)  # a free block of 32 MiB teaches glibc to keep smaller ones
+    before = psutil.Process().memory_info().rss
+    blocks = [torch.ones(2**20) for _ in range(61)]
+    del blocks[:-1]
+    return (psutil.Process().memory_info().rss - before) / 2**20
+
+without = kept()
+return_freed_memory()
+print(without > 200, kept() < 20)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "True True\n"
+
+
+def test_what_is_free_is_what_the_machine_and_its_container_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * 10**9, available=8 * 10**9))
+    assert (devices.free_memory("cpu"), devices.container_memory()) == (8 * 10**9, None)
+    (tmp_path / "memory.max").write_text(f"{2 * 10**9}\n")
+    (tmp_path / "memory.stat").write_text("anon 500000000\nfile 9\n")
+    assert (devices.free_memory("cpu"), devices.container_memory()) == (15 * 10**8, (2 * 10**9, 5 * 10**8))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7, 9))
+    assert devices.free_memory("cuda") == 7

@@ -21,7 +21,7 @@ DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Re
 @pytest.fixture(autouse=True)
 def sound_machine(monkeypatch, tmp_path):
     """A machine without a GPU, a container's limits or a network, on which nothing is wrong."""
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "driver")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GB, available=8 * GB))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=50 * GB))
@@ -223,7 +223,7 @@ def test_little_free_memory_is_said_by_what_still_fits(monkeypatch, free, state,
     ids=["version 2", "version 1"],
 )
 def test_the_containers_limit_counts_where_the_machine_has_more(folder, name, stat):
-    limit(doctor.CGROUP / folder, name, 24 * 10**8, stat)
+    limit(devices.CGROUP / folder, name, 24 * 10**8, stat)
     row = only(doctor.memory)
     assert row.state == "note"  # 2.4 - 0.6 GB
     assert "the container may use 2.4 GB and uses 0.6 GB" in row.words
@@ -231,7 +231,7 @@ def test_the_containers_limit_counts_where_the_machine_has_more(folder, name, st
 
 @pytest.mark.parametrize("value", ["max", str(2**63 - 4096), "nonsense"])
 def test_no_limit_is_no_limit(value):
-    limit(doctor.CGROUP, "memory.max", value, "")
+    limit(devices.CGROUP, "memory.max", value, "")
     assert only(doctor.memory) == ("memory", "8.0 GB free of 16.0 GB", "", False)
 
 

@@ -25,11 +25,12 @@ FLOORS = [
         "adapters",
         "batches",
         "processes",
+        "rehearsal",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting", "vllm"},  # settings, and what is written
     {"endings", "trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
     {"pocket", "judge"},
-    {"checks"},
+    {"checks", "planning"},
     {"widgets", "lessons", "doctor", "tasks"},
     {"cli", "train_grpo"},
 ]

@@ -1,0 +1,636 @@
+"""Will it fit, and how long will a step take? Known before the first weight is loaded.
+
+`plan(config, model)` rehearses the trainer's own code on tensors without contents (rehearsal.py): one micro-batch of
+the update, one of the reference and reward model, the reading of the prompts and two tokens of sampling. It assumes
+the worst: all completions differ and are as long as they may be. To this come the weights and what the optimizer
+keeps, and what Python or the GPU's driver take.
+
+An operation is taken to last as long as its arithmetic or its memory traffic, whichever is longer, and as long as a
+launch at least. Peak rates of named machines are their makers'; how much of them is reached is assumed.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lab import pocket
+from grpo_lab.adapters import add_lora, is_adapted
+from grpo_lab.config import GRPOConfig
+from grpo_lab.decoding import ROUND, Captured, Growing
+from grpo_lab.devices import (
+    autocast,
+    disable_dropout,
+    enable_checkpointing,
+    free_memory,
+    match_precision,
+    resolve_device,
+    resolve_precision,
+    trainable_in_float32,
+)
+from grpo_lab.forward import built_like, completion_states
+from grpo_lab.logprobs import token_logprobs, truncate
+from grpo_lab.losses import grpo_loss
+from grpo_lab.rehearsal import NUCLEUS, Rehearsal, Work, emptied, size_of
+from grpo_lab.sampling import pick
+from grpo_lab.scoring import completion_logprobs, completion_scores
+
+GIB = 2**30
+PARTS = ("weights", "gradients", "optimizer", "reference", "reward model", "cache", "activations", "logits",
+         "rollouts", "everything else")  # fmt: skip
+PROMPT_TOKENS = 128
+ADAM_TRAFFIC = 7 * 4  # bytes a weight: itself, its gradient and two averages are read, all but the gradient written
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would compute."""
+
+    name: str
+    device: str
+    """cuda, cpu or mps."""
+    memory: float
+    """Bytes that the run may take, all in all."""
+    flops: dict[str, float]
+    """Precision -> operations of a matrix product per second, as reached."""
+    bandwidth: float
+    """Bytes read or written per second, as reached."""
+    launch: float
+    """Seconds that an operation takes at least."""
+    taken: float
+    """Bytes taken before the first tensor: by Python and its libraries, or by the GPU's driver."""
+    reserve: float = 0.0
+    """Share that the allocator keeps beyond what is live."""
+    measured: bool = False
+    """False: looked up and assumed."""
+
+    def seconds(self, work: Iterable[Work], precision: str) -> float:
+        """How long these operations take."""
+        rate = self.flops[precision]
+        return sum(max(w.flops / rate, w.bytes / self.bandwidth, self.launch) for w in work if w.bytes)
+
+
+def _gpu(name: str, gib: float, half: float, full: float, bandwidth: float) -> Machine:
+    # Memory: the total capacity that PyTorch names there when it is out of memory. Rates: dense, from NVIDIA's data
+    # sheets, in TFLOP/s and GB/s. Assumed, and not measured yet: that half of the arithmetic and 70 % of the bandwidth
+    # are reached, 5 us a launch, 0.6 GiB for the driver and libraries, 5 % lost between the allocator's blocks.
+    flops = {"fp32": full * 0.5e12, "bf16": half * 0.5e12, "fp16": half * 0.5e12}
+    return Machine(name, "cuda", gib * GIB, flops, bandwidth * 0.7e9, 5e-6, 0.6 * GIB, 0.05)
+
+
+def _computer(name: str, gib: float, cores: int, bandwidth: float) -> Machine:
+    # Assumed: 50 GFLOP/s a core, no faster in half precision, and 0.45 GiB for Python, PyTorch and transformers.
+    return Machine(name, "cpu", gib * GIB, dict.fromkeys(("fp32", "bf16"), cores * 5e10), bandwidth * 1e9, 5e-6,
+                   0.45 * GIB)  # fmt: skip
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _gpu("T4", 14.56, 65, 8.1, 320),
+        _gpu("L4", 22.03, 121, 30.3, 300),
+        _gpu("A100-40", 39.38, 312, 19.5, 1555),
+        _gpu("A100-80", 79.14, 312, 19.5, 2039),
+        _gpu("H100", 79.18, 989, 67, 3350),
+        _gpu("H200", 139.72, 989, 67, 4800),
+        _computer("laptop", 12, 8, 50),  # of 16 GB, the system and a browser take the rest
+        _computer("binder", 1.8, 1, 10),  # mybinder.org allows 2 GB, and its Jupyter server takes some
+    )
+}
+
+# config.json of Qwen/Qwen2.5-*-Instruct: hidden size, layers, heads, key-value heads, intermediate size, vocabulary
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151936),
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 36, 16, 2, 11008, 151936),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. `str(plan)` is a table."""
+
+    name: str
+    """Of the model."""
+    config: GRPOConfig
+    machine: Machine
+    precision: str
+    prompt_tokens: int
+    phases: dict[str, dict[str, int]]
+    """Phase of a step -> part -> bytes at the phase's highest point."""
+    seconds: dict[str, float]
+    """Phase of a step -> how long it takes at most, all its micro-batches together."""
+
+    @property
+    def highest(self) -> str:
+        """The phase that needs the most memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest point of a step."""
+        return sum(self.phases[self.highest].values())
+
+    @property
+    def fits(self) -> bool:
+        """Is there room for the peak?"""
+        return self.peak <= self.machine.memory
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in a sentence."""
+        share = self.peak / self.machine.memory
+        words = "does not fit" if share > 1 else "fits, but barely" if share > 1 / 1.15 else "fits"
+        return (
+            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self.machine.name}, "
+            f"highest in {self.highest}; up to {_time(sum(self.seconds.values()))} a step"
+        )
+
+    def __str__(self) -> str:
+        config, rows = self.config, [part for part in PARTS if any(p[part] for p in self.phases.values())]
+        settings = f"K {config.num_generations_per_prompt} × {config.batch_size} prompts at a time"
+        lengths = f"{self.prompt_tokens} + {config.max_new_tokens} tokens, {self.precision}"
+        lines = [f"{self.name} on {self.machine.name}: {settings}, {lengths}", ""]
+        lines.append(f"{'GiB':17}" + "".join(f"{phase:>12}" for phase in self.phases))
+        for part in rows:
+            lines.append(f"{part:17}" + "".join(f"{p[part] / GIB:12.2f}" for p in self.phases.values()))
+        lines.append(f"{'all':17}" + "".join(f"{sum(p.values()) / GIB:12.2f}" for p in self.phases.values()))
+        lines.append(f"{'time a step':17}" + "".join(f"{_time(self.seconds[phase]):>12}" for phase in self.phases))
+        source = "measured just now" if self.machine.measured else "looked up, its efficiency assumed"
+        return "\n".join([*lines, "", f"It {self.verdict} (the machine: {source})."])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def plan(
+    config: GRPOConfig | None,
+    model: nn.Module,
+    *,
+    reward_model: nn.Module | Sequence | None = None,
+    machine: str | Machine | None = None,
+    prompt_tokens: int | None = None,
+    name: str | None = None,
+) -> Plan:
+    """What would this run need, and is it there? Takes seconds for a model of billions of weights, and no memory.
+
+    Args:
+        config: None takes the defaults.
+        model: the policy as it would be given to the trainer; one on the meta device, without weights, will do.
+        reward_model: as the trainer takes it; functions need nothing.
+        machine: one of MACHINES by name, or None: this one, with what is free now.
+        prompt_tokens: of the longest prompt; None: 128, or what the model's context leaves.
+        name: of the model, for the table.
+    Raises: ValueError for an unknown machine, or lengths that the model does not take.
+    """
+    config = config or GRPOConfig()
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
+    prompt_tokens = min(PROMPT_TOKENS, room) if prompt_tokens is None else prompt_tokens
+    if not 1 <= prompt_tokens <= room:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens {config.max_new_tokens} do not fit into the "
+            f"model's context of {room + config.max_new_tokens}. Shorten the prompt or lower --max-new-tokens."
+        )
+    if isinstance(machine, str):
+        machine = named_machine(machine)
+    device = machine.device if machine else resolve_device(config.device)
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    precision = _precision(config, machine)
+    phases = _rehearse(_Shape.of(config, model, precision, prompt_tokens), model, judges, captures=device == "cuda")
+    machine = machine or this_machine(config)  # last: what the rehearsal leaves behind is taken, too
+    name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
+    seconds = {phase.name: phase.seconds(machine, precision) for phase in phases}
+    return Plan(name, config, machine, precision, prompt_tokens, {p.name: p.on(machine) for p in phases}, seconds)
+
+
+def named_machine(name: str) -> Machine:
+    """One of MACHINES, however its name is capitalised. Raises ValueError for another."""
+    known = {key.lower(): machine for key, machine in MACHINES.items()}
+    if name.lower() not in known:
+        raise ValueError(f"there is no machine {name!r}. Machines: {', '.join(MACHINES)}; without a name, this one.")
+    return known[name.lower()]
+
+
+def _precision(config: GRPOConfig, machine: Machine | None) -> str:
+    if machine is None or machine.measured:
+        return resolve_precision(config.precision, machine.device if machine else resolve_device(config.device))
+    if config.precision == "auto" and machine.device == "cuda":
+        return "fp16" if machine.name == "T4" else "bf16"
+    return "fp32" if config.precision == "auto" else resolve_precision(config.precision, machine.device)
+
+
+# --- what is there, and how fast it is ----------------------------------------------------------------------
+
+
+def this_machine(config: GRPOConfig) -> Machine:
+    """The device that a run with this config would take, with what is free on it now, its rates measured."""
+    import psutil
+
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    free, taken = free_memory(device), 0.0
+    name = torch.cuda.get_device_name() if device == "cuda" else f"this machine ({device})"
+    if device == "cpu":
+        taken = psutil.Process().memory_info().rss
+    flops, bandwidth, launch = _rates(device, precision, torch.get_num_threads())
+    reserve = 0.05 if device == "cuda" else 0.0
+    return Machine(name, device, free + taken, {precision: flops}, bandwidth, launch, taken, reserve, measured=True)
+
+
+@cache
+def _rates(device: str, precision: str, threads: int) -> tuple[float, float, float]:
+    """Operations per second of a matrix product, bytes per second of a copy, seconds of the smallest operation."""
+    size = 8192 if device == "cuda" else 512
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    square = torch.ones(size, size, device=device, dtype=kind)
+    source = torch.ones(2**28 if device == "cuda" else 2**24, device=device)
+    target, little = torch.empty_like(source), torch.ones(8, device=device)
+
+    def best(work, times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            work().flatten()[0].item()  # which waits for the device
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    def many() -> Tensor:
+        total = little
+        for _ in range(1000):
+            total = total + little
+        return total
+
+    product, copied = best(lambda: square @ square, 7), best(lambda: target.copy_(source), 3)
+    return 2 * size**3 / product, 2 * source.nbytes / copied, best(many, 3) / 1000
+
+
+# --- the rehearsal ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of one micro-batch, and of what is sampled at a time."""
+
+    config: GRPOConfig
+    precision: str
+    prompt: int
+    kept: int
+    """Tokens that could have been drawn, at each position; 0 if all could."""
+
+    @classmethod
+    def of(cls, config: GRPOConfig, model: nn.Module, precision: str, prompt: int) -> "_Shape":
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        some = 0 < config.top_k < vocabulary or config.top_p < 1
+        return cls(config, precision, prompt, min(config.top_k or NUCLEUS, vocabulary) if some else 0)
+
+    @property
+    def sampled_at_once(self) -> int:
+        """Prompts, as in the trainer."""
+        config = self.config
+        return min(config.prompts_per_step, config.batch_size * (1 if config.gradient_checkpointing else 4))
+
+    def rows(self, prompts: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Token ids and mask: prompts that differ, each with K completions that differ."""
+        K, draws = self.config.num_generations_per_prompt, torch.Generator().manual_seed(0)
+        ids = torch.randint(2, 20, (prompts * K, columns), generator=draws)
+        ids[:, : self.prompt] = ids[::K, : self.prompt].repeat_interleave(K, 0)
+        return ids, torch.ones_like(ids)
+
+    def micro_batch(self) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
+        """Arguments for the scorer."""
+        config = self.config
+        ids, mask = self.rows(config.batch_size, self.prompt + config.max_new_tokens)
+        kept = torch.zeros(len(ids), config.max_new_tokens, self.kept, dtype=torch.long) if self.kept else None
+        how = {"share": config.disable_dropout, "temperature": config.temperature, "kept": kept}
+        return (ids, mask, config.max_new_tokens), how
+
+    def autocast(self) -> torch.autocast:
+        return autocast(torch.device("cpu"), self.precision)
+
+
+class _Phase(NamedTuple):
+    """Of a step: sampling, scoring, update."""
+
+    name: str
+    parts: dict[str, int]
+    """Bytes at its highest point, without what the machine itself takes."""
+    work: list[tuple[float, list[Work]]]
+    """How many times which operations."""
+
+    def on(self, machine: Machine) -> dict[str, int]:
+        """The parts, with what the machine takes."""
+        moving = sum(self.parts[part] for part in ("gradients", "cache", "activations", "logits"))
+        return self.parts | {"everything else": int(machine.taken + machine.reserve * moving)}
+
+    def seconds(self, machine: Machine, precision: str) -> float:
+        return sum(times * machine.seconds(work, precision) for times, work in self.work)
+
+
+def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captures: bool) -> list[_Phase]:
+    """The phases of a step; captures: sampling replays a captured step, as on CUDA."""
+    config, accumulation = shape.config, shape.config.gradient_accumulation_steps
+    policy, reference, standing = _standing(shape, model, judges)
+    phases = []
+
+    def add(name: str, stays: dict[str, int], peaks: list[dict[str, int]], work: list[tuple[float, list[Work]]]):
+        parts = dict.fromkeys(PARTS, 0) | standing | stays
+        highest = max(peaks, key=lambda peak: sum(peak.values()), default={})
+        phases.append(_Phase(name, parts | {part: parts[part] + size for part, size in highest.items()}, work))
+
+    asked, stage = _stage(policy)
+    with stage:  # once where its head begins, and not with each of the copies
+        completion_states(asked, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)
+    built_like(policy, asked)
+    peaks, reading, tokens, captured = _sampling(policy, shape, captures=captures)
+    times = config.prompts_per_step / shape.sampled_at_once
+    steps = [(times * (config.max_new_tokens - 1) / len(tokens), work) for work in tokens]
+    add("sampling", {}, peaks, [(times, reading), *steps])
+
+    scored = []
+    if config.kl_coef > 0:
+        scored.append(
+            _scoring(built_like(reference, policy) if reference else policy, shape, adapted=reference is None)
+        )
+    if config.kl_coef > 0 and config.kl_in == "reward":
+        scored.append(_scoring(policy, shape))
+    scored += [_judging(judge, shape) for judge in judges]
+    add("scoring", {"cache": captured}, [peak for peak, _ in scored], [(accumulation, work) for _, work in scored])
+
+    peak, work = _update(policy, shape)
+    adam = Work(0, standing["gradients"] // 4 * ADAM_TRAFFIC)
+    # gradients of the step before are thrown away, and arise anew as the activations go
+    stays = {"cache": captured} | ({"gradients": 0} if accumulation == 1 else {})
+    add("update", stays, [peak], [(accumulation, work), (1, [adam])])
+    return phases
+
+
+def _standing(shape: _Shape, model: nn.Module, judges: list[nn.Module]):
+    """The policy and the reference as the trainer prepares them, without contents, and the bytes of all that stays."""
+    config, policy = shape.config, emptied(model)
+    if config.lora_rank:
+        with torch.device("meta"):
+            policy = add_lora(policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
+    trainable_in_float32(policy)
+    reference = None
+    if config.kl_coef > 0 and not is_adapted(policy):
+        reference = emptied(policy)
+        match_precision(reference, policy)
+        reference.requires_grad_(False)
+    if config.disable_dropout:
+        disable_dropout(policy)
+    if config.gradient_checkpointing:
+        enable_checkpointing(policy)
+    gradients = size_of(p for p in policy.parameters() if p.requires_grad)
+    tokens = config.max_new_tokens
+    row = (shape.prompt + tokens) * 16 + tokens * (5 + 8 * shape.kept)  # ids and mask; sampled, log-probability, kept
+    return policy, reference, {
+        "weights": _whole(policy),
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "reference": _whole(reference) if reference is not None else 0,
+        "reward model": sum(_whole(judge) for judge in judges if judge is not model),
+        # twice: as they were sampled, and cut into micro-batches
+        "rollouts": 2 * config.prompts_per_step * config.num_generations_per_prompt * row,
+    }  # fmt: skip
+
+
+def _whole(model: nn.Module) -> int:
+    return size_of([*model.parameters(), *model.buffers()])
+
+
+def _stage(model: nn.Module) -> tuple[nn.Module, Rehearsal]:
+    stage = Rehearsal()
+    hollow = emptied(model, stage.fake)
+    stage.watch(hollow)
+    return hollow, stage
+
+
+def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool):
+    """Peaks; the work of reading the prompts; that of one token, at first and at last; bytes that stay afterwards."""
+    config, K = shape.config, shape.config.num_generations_per_prompt
+    model, stage = _stage(policy)
+    ids, mask = shape.rows(shape.sampled_at_once, shape.prompt + config.max_new_tokens)
+    with stage, torch.no_grad(), shape.autocast():
+        model.eval()
+        says = Growing(model, ids[::K, : shape.prompt], mask[::K, : shape.prompt], K)
+        peaks, reading = [_with_cache(stage, says)], stage.work
+        if captures and (fixed := _captured(model, says, K, ids.shape[1])) is not None:
+            stage.reset()
+            before = sum(stage.live.values())
+            _one_token(fixed, ids, config)
+            peak = _with_cache(stage, fixed)
+            # the graph keeps all that its step computes with, beside the cache
+            return [*peaks, peak], reading, [stage.work], peak["cache"] + sum(stage.peak.values()) - before
+        stage.reset()
+        _one_token(says, ids, config)
+        first = stage.work
+        stage.reset()
+        del says
+        columns = max(1, ids.shape[1] - 2)  # as it stands before the last token that is read: the one after is not
+        says = Growing(model, ids[:, :columns], mask[:, :columns], 1)
+        stage.reset()
+        _one_token(says, ids, config)
+        return [*peaks, _with_cache(stage, says)], reading, [first, stage.work], 0
+
+
+def _captured(model: nn.Module, grown: Growing, num_generations: int, columns: int) -> Captured | None:
+    try:
+        says = Captured(model, len(grown.place), -(-columns // ROUND) * ROUND, torch.device("cpu"))
+        says.start(grown, num_generations)
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # as decoding.decoder: it goes on without
+        return None
+    return says
+
+
+def _one_token(says: Growing | Captured, ids: Tensor, config: GRPOConfig) -> None:
+    """What `sample` does at each step, with all that it holds meanwhile."""
+    logits = says.logits[says.place]
+    kept = truncate(logits, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    uniforms = torch.rand(len(logits))
+    chosen = pick(logits, uniforms, temperature=config.temperature, kept=kept)
+    one_step = None if kept is None else kept[:, None]
+    drawn = token_logprobs(logits[:, None], chosen[:, None], temperature=config.temperature, kept=one_step)
+    says.advance(torch.ones(len(ids), dtype=torch.bool), ids[:, -1])
+    del drawn
+
+
+def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
+    """The peak, with what the cache holds told apart from what is computed with."""
+    layers = getattr(says.cache, "layers", ())
+    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
+    held = min(held, stage.peak["activations"])
+    return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
+
+
+def _scoring(scorer: nn.Module, shape: _Shape, *, adapted: bool = False) -> tuple[dict[str, int], list[Work]]:
+    model, stage = _stage(scorer)
+    inputs, how = shape.micro_batch()
+    with stage, torch.no_grad(), shape.autocast():
+        model.eval()
+        with model.disable_adapter() if adapted else nullcontext():  # the policy is its own reference
+            completion_logprobs(model, *inputs, **how)
+    return stage.peak, stage.work
+
+
+def _judging(judge: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
+    model, stage = _stage(judge)
+    (ids, mask, tokens), _ = shape.micro_batch()
+    with stage, torch.no_grad():
+        model.eval()
+        if "SequenceClassification" in type(judge).__name__:
+            model(input_ids=ids, attention_mask=mask)
+        else:
+            completion_logprobs(model, ids, mask, tokens)
+    return stage.peak, stage.work
+
+
+def _update(policy: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
+    config = shape.config
+    model, stage = _stage(policy)
+    if config.gradient_accumulation_steps > 1:  # there are the gradients of the micro-batches before
+        with stage.fake:
+            for weight in model.parameters():
+                weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+        stage.watch(model)
+    inputs, how = shape.micro_batch()
+    ids, _, tokens = inputs
+    before = torch.zeros(len(ids), tokens)
+    with stage:
+        model.train()
+        with shape.autocast():
+            scores = completion_scores(model, *inputs, **how)
+        terms = grpo_loss(
+            scores.logprobs,
+            before if config.num_iterations > 1 else None,
+            torch.zeros(len(ids)),
+            torch.ones(len(ids), tokens, dtype=torch.bool),
+            ref_logprobs=before if config.kl_coef > 0 else None,
+            kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_estimator=config.kl_estimator,
+            importance=config.importance,
+            surrogate=config.surrogate,
+            aggregation=config.aggregation,
+            constant=config.aggregation_constant or tokens,
+        )
+        stage.backward = True
+        terms.loss.backward()
+    return stage.peak, stage.work
+
+
+# --- what would fit -----------------------------------------------------------------------------------------
+
+
+def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence | None = None) -> Plan | None:
+    """The plan that fits with the fewest changes: first those that change no number, then LoRA, then K, then length.
+
+    kl_coef is left alone, though 0 would need no reference: it is part of what is trained for.
+
+    Args:
+        found: a plan that does not fit.
+        model, reward_model: as they were given to `plan`.
+    Returns: None if nothing does: take a smaller model.
+    """
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    machine = found.machine
+
+    def tried(changes: dict[str, Any]) -> Plan | None:
+        config = found.config.replace(**changes)
+        shape = _Shape.of(config, model, found.precision, found.prompt_tokens)
+        policy, _, standing = _standing(shape, model, judges)
+        if config.gradient_accumulation_steps == 1:
+            standing["gradients"] = 0
+        # what is known at once, and what nearly always decides, come before the whole
+        least = sum(standing.values()) + machine.taken
+        if least > machine.memory or least + sum(_update(policy, shape)[0].values()) > machine.memory:
+            return None
+        new = plan(config, model, reward_model=judges, machine=machine, prompt_tokens=found.prompt_tokens,
+                   name=found.name)  # fmt: skip
+        return new if new.fits else None
+
+    for level in _levels(found.config, can_adapt=not is_adapted(model)):
+        if (last := tried(level[-1])) is not None:
+            return next((milder for changes in level[:-1] if (milder := tried(changes)) is not None), last)
+    return None
+
+
+def _levels(config: GRPOConfig, *, can_adapt: bool) -> list[list[dict[str, Any]]]:
+    """Changes from the mildest to the hardest; within a level, each needs less memory than the one before."""
+    prompts = config.prompts_per_step
+    smaller = [{"batch_size": b, "gradient_accumulation_steps": prompts // b}
+               for b in range(config.batch_size - 1, 0, -1) if config.batch_size % b == 0]  # fmt: skip
+    recompute = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    adapt = [{"lora_rank": 16}] if can_adapt and config.lora_rank is None else []
+    levels = [smaller] if smaller else []
+    levels += [[change, *(change | size for size in smaller)] for change in recompute]
+    for adapter in adapt:
+        levels.append([adapter, *(adapter | size for size in smaller)])
+        levels += [[adapter | change, *(adapter | change | size for size in smaller)] for change in recompute]
+    hardest = levels[-1][-1] if levels else {}
+    K, tokens = config.num_generations_per_prompt, config.max_new_tokens
+    fewer = [hardest | {"num_generations_per_prompt": k} for k in _halves(K, 2)]
+    hardest = fewer[-1] if fewer else hardest
+    shorter = [hardest | {"max_new_tokens": t} for t in _halves(tokens, 16)]
+    return levels + [level for level in (fewer, shorter) if level]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    return [value // 2**i for i in range(1, value.bit_length()) if value // 2**i >= least]
+
+
+def what_fits(found: Plan, model: nn.Module, reward_model: nn.Module | Sequence | None = None) -> str:
+    """In a sentence, with the flags of the command line, the nearest plan that fits."""
+    near = nearest(found, model, reward_model=reward_model)
+    if near is None:
+        return f"Nothing near it fits on {found.machine.name}: a smaller model, or {_larger(found)}."
+    before, after = found.config.to_dict(), near.config.to_dict()
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in after.items() if value != before[name])
+    return f"What fits: {' '.join(flags).replace(' True', '')} ({near.peak / GIB:.2f} GiB)."
+
+
+def _larger(found: Plan) -> str:
+    room = sorted((m for m in MACHINES.values() if m.device == "cuda"), key=lambda machine: machine.memory)
+    return next(
+        (f"a machine like {m.name}" for m in room if m.memory > found.peak), "several GPUs, as in docs/MOVING_ON.md"
+    )
+
+
+def without_weights(name: str, *, judges: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """A model on the meta device, of a shape that is known here, or from the config.json of a folder or a Hub id.
+
+    Args:
+        name: "pocket", one of SHAPES, a folder or a Hub id.
+        judges: a sequence-classification model, not a causal LM.
+    Raises: ValueError if there is no config to be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+
+    if name in SHAPES and not judges:
+        hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+        config = Qwen2Config(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=hidden < 3584,
+            max_position_embeddings=32768, dtype="bfloat16",
+        )  # fmt: skip
+    else:
+        try:
+            folder = pocket.WEIGHTS if name == "pocket" else name
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"could not read the shape of {name} ({type(error).__name__}: {first_line[:200]}). Without a network: "
+                f"a folder with a config.json, pocket, {', '.join(SHAPES)}."
+            ) from error
+    kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code)
