@@ -10,7 +10,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -359,20 +360,27 @@ def _load(name: str, trust_remote_code: bool):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code), tokenizer
 
 
-def _load_whole(kind, name: str, **settings):
-    """A model with all its weights: transformers would fill in missing ones with random numbers."""
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        model, report = kind.from_pretrained(name, output_loading_info=True, **settings)
+        yield
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"could not load the model {name} ({type(error).__name__}: {first_line[:200]}). "
             "Is it complete? Without a network, give a folder that holds it."
         ) from error
+
+
+def _load_whole(kind, name: str, **settings):
+    """A model with all its weights: transformers would fill in missing ones with random numbers."""
+    with _loading(name):
+        model, report = kind.from_pretrained(name, output_loading_info=True, **settings)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not a model of this kind.")
     return model
