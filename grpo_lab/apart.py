@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -41,7 +42,8 @@ def math_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence,
 def gym_score(name: str) -> Callable[..., list[float]]:
     """The score, 0 to 1, of reasoning-gym's task of this name for what stands behind the last `####`, else for all.
 
-    The reward wants the column "problem": [seed, number, size], from which reasoning-gym makes the problem again.
+    The reward wants the column "problem": [seed, number, size, question's `checksum`], of which reasoning-gym makes the
+    problem again.
     """
 
     def gym(prompts: Sequence, completions: Sequence[str], problem: Sequence, **columns) -> list[float]:
@@ -51,6 +53,11 @@ def gym_score(name: str) -> Callable[..., list[float]]:
 
     gym.__name__ = name
     return gym
+
+
+def checksum(question: str) -> int:
+    """Tells whether a problem that is made again is the same."""
+    return zlib.crc32(question.encode("utf-8", "surrogatepass"))
 
 
 PACKAGES = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
@@ -186,8 +193,11 @@ def gym_judge(name: str) -> Callable[[str, list[int]], float]:
     runs_answers = RUNS_ANSWERS.search(source) is not None
 
     @cache
-    def problem(seed: int, number: int, size: int):
-        return dataset(seed, size)[number]
+    def problem(seed: int, number: int, size: int, question: int) -> dict[str, Any]:
+        made = dataset(seed, size)[number]
+        if checksum(made["question"]) != question:  # its order of drawing hangs on the order of a set
+            raise UnreadableError(f"{name} makes another problem each time. Set PYTHONHASHSEED=0 for the whole run.")
+        return made
 
     def judge(text: str, right: list[int]) -> float:
         if runs_answers and MAY_DO_MORE.search(text):

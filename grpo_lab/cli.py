@@ -10,8 +10,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -442,7 +442,8 @@ def _tokenizer(name: str | Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     _check_folder(str(name))
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _loading(str(name)):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def _load(name: str, trust_remote_code: bool):
@@ -451,16 +452,22 @@ def _load(name: str, trust_remote_code: bool):
     return _load_whole(AutoModelForCausalLM, name, trust_remote_code=trust_remote_code)
 
 
-def _load_whole(kind, name: str, **settings):
-    """A model with all its weights: transformers would fill in missing ones with random numbers."""
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        model, report = kind.from_pretrained(name, output_loading_info=True, **settings)
+        yield
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"could not load the model {name} ({type(error).__name__}: {first_line[:200]}). "
             "Is it complete? Without a network, give a folder that holds it."
         ) from error
+
+
+def _load_whole(kind, name: str, **settings):
+    """A model with all its weights: transformers would fill in missing ones with random numbers."""
+    with _loading(name):
+        model, report = kind.from_pretrained(name, output_loading_info=True, **settings)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not a model of this kind.")
     return model

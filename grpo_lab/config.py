@@ -371,10 +371,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 6e-4, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100, "warmup_steps": 5,
         "kl_coef": 0.02, "logging_steps": 1, "save_steps": 50,
     },
-    # Qwen2.5-0.5B-Instruct on GSM8K with one GPU of 24 GB or more; not measured yet. Learning rate as in DeepSeekMath
-    # and in verl's GSM8K example, and from that the small weight of k3; the whole distribution is sampled, as there. A
-    # step has 32 prompts where those have 1024, so it is cheap, and 200 steps see most of the training set once. The
-    # right number weighs 1, the form that it is asked in 0.2: form alone never beats a right answer without it.
+    # Qwen2.5-0.5B-Instruct on GSM8K with one GPU of 24 GB or more; not measured yet. Learning rate, weight of the KL
+    # and length are those of verl's GRPO example for GSM8K (examples/grpo_trainer, Qwen2-7B, 1024 prompts a step); the
+    # rate is DeepSeekMath's too. K is 8 and a step has 32 prompts, so that 200 steps, most of the training set once,
+    # are affordable. A right number weighs 1, the form that it is asked in 0.2: form alone never beats being right.
     "gsm8k": {
         "num_generations_per_prompt": 8, "max_new_tokens": 512, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "learning_rate": 1e-6, "lr_scheduler": "constant_with_warmup", "warmup_steps": 10, "max_steps": 200,

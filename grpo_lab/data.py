@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from jinja2 import TemplateError  # transformers needs it for chat templates
 
 Prompt = str | list[dict[str, str]]
 Row = dict[str, Any]
@@ -110,7 +111,12 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
                 "the prompts are chats, but the tokenizer has no chat template. "
                 "Use text prompts, or the tokenizer of an instruct model."
             )
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # some know no system's turn
+            raise ValueError(
+                f"the tokenizer's chat template refuses a prompt: {error}. Chats of other roles?"
+            ) from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
     if not ids:
         raise ValueError(f"the tokenizer leaves nothing of the prompt {str(prompt)[:60]!r}.")

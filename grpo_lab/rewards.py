@@ -139,14 +139,8 @@ def marked_answer(prompts: Sequence, completions: Sequence[str], **columns) -> l
 
 def _is_marked(text: str) -> bool:
     before, mark, after = text.strip().rpartition("####")
-    begins_line = before == "" or before.endswith("\n")
-    return (
-        bool(mark)
-        and "####" not in before
-        and begins_line
-        and "\n" not in after
-        and re.search(r"\w", after) is not None
-    )
+    alone = "####" not in before and (before == "" or before.endswith("\n"))
+    return bool(mark) and alone and "\n" not in after and re.search(r"\w", after) is not None
 
 
 def matches_format(pattern: str) -> RewardFunction:

@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from grpo_lab.apart import gym_score, need
+from grpo_lab.apart import checksum, gym_score, need
 from grpo_lab.rewards import RewardFunction, countdown, final_number, marked_answer, numeric_answer
 
 
@@ -70,9 +70,10 @@ def gsm8k(seed: int = 0):
 def check_numbers(dataset, name: str) -> None:
     """Raises ValueError that names the first answer without a number: now, not when its turn comes."""
     for i in range(len(dataset)):
-        if final_number(str(dataset[i]["answer"])) is None:
+        answer = str(dataset[i]["answer"])
+        if final_number(answer) is None:
             raise ValueError(
-                f"{name}: answer {i} has no number: {str(dataset[i]['answer'])[:60]!r}. For texts there is "
+                f"{name}: answer {i} has no number: {answer[:60]!r}. For texts there is "
                 "--reward exact_answer, for LaTeX math_answer."
             )
 
@@ -123,7 +124,7 @@ def gym_problems(name: str, seed: int = 0):
         return {
             "prompts": [p["question"] for p in problems],
             "answer": [str(p["answer"]) for p in problems],
-            "problem": [[start, number, size] for number in range(size)],
+            "problem": [[start, i, size, checksum(p["question"])] for i, p in enumerate(problems)],
         }
 
     train, held_out = rows(GYM_PROMPTS, 0), rows(GYM_HELD_OUT, 1)

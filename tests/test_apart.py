@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from grpo_lab import apart
-from grpo_lab.apart import MAY_DO_MORE, Apart, gym_score, math_answer
+from grpo_lab.apart import MAY_DO_MORE, Apart, checksum, gym_score, math_answer
 
 SLOW = [r"\boxed{9^{9^{9^9}}}", r"#### \binom{10^9}{10^8}"]  # SymPy computes for ever
 HOSTILE = [
@@ -228,6 +228,12 @@ def test_scorers_that_run_answers_run_no_code_and_know_the_right_one(name, tmp_p
     trace = tmp_path / "trace"
     harmful = f"__import__('pathlib').Path({str(trace)!r}).touch()"
     answers = [f"hm\n#### {entry['answer']}", harmful, f"open({str(trace)!r}, 'w')", f"[{harmful}]"]
-    scores = gym_score(name)(["?"] * 4, answers, problem=[[7, 2, 3]] * 4, answer=["?"] * 4)
+    scores = gym_score(name)(["?"] * 4, answers, problem=[[7, 2, 3, checksum(entry["question"])]] * 4, answer=["?"] * 4)
     assert scores == [1.0, 0.0, 0.0, 0.0]
     assert not trace.exists()
+
+
+def test_a_problem_that_is_not_made_again_as_it_was_is_an_error_not_a_score():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match=r"leg_counting makes another problem each time\. Set PYTHONHASHSEED=0"):
+        gym_score("leg_counting")(["?"], ["7"], problem=[[7, 2, 3, checksum("another")]])

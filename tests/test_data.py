@@ -10,6 +10,7 @@ from conftest import CHAT, TEMPLATE, starting_tokenizer
 from grpo_lab.data import (
     PromptOrder,
     SimplePromptDataset,
+    as_chats,
     countdown_dataset,
     countdown_expressions,
     countdown_problems,
@@ -274,3 +275,12 @@ def test_countdown_says_what_it_does_not_have():
         countdown_dataset(1, split="test")
     with pytest.raises(ValueError, match=r"only \d+ Countdown prompts in the split 'held-out', 100000 were asked for"):
         countdown_dataset(100_000, split="held-out")
+
+
+def test_a_chat_template_that_knows_no_system_prompt_is_said(tokenizer):
+    refusal = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = f"{{% if messages[0].role == 'system' %}}{refusal}{{% endif %}}1"
+    chat = as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]
+    with pytest.raises(ValueError, match="chat template refuses a prompt: System role not supported"):
+        encode_prompt(tokenizer, chat)
+    assert encode_prompt(tokenizer, chat[1:]) == tokenizer("1")["input_ids"]

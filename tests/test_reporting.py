@@ -259,3 +259,9 @@ def test_recorded_runs_come_by_name_in_the_order_of_their_seeds(tmp_path, monkey
     assert run.label == "recorded 2026-01-02 on cpu, PyTorch 2.13"
     with pytest.raises(ValueError, match="no recorded run 'K-5'"):
         recorded_runs("K-5")
+
+
+def test_of_several_evaluations_in_a_row_of_the_log_the_last_counts_and_its_interval_with_it():
+    rows = [{"step": 1, "eval/pass@1": 0.2, "eval/pass@1_low": 0.1}, {"step": 2, "reward": 1.0}]
+    rows += [{"step": 3, "eval/pass@1": 0.6, "eval/pass@1_low": 0.4}]
+    assert mean_metrics(rows) == {"step": 3, "eval/pass@1": 0.6, "eval/pass@1_low": 0.4, "reward": 1.0}

@@ -358,6 +358,20 @@ def test_without_the_hub_the_cure_is_a_file(train, monkeypatch):
     assert "give files: --dataset FILE --eval-dataset FILE" in complaint
 
 
+def test_without_the_hub_the_cure_for_the_model_is_a_folder(train, problems, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def no_network(*_, **__):
+        raise OSError("We couldn't connect to the Hub\nand more")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", no_network)
+    data = ["--dataset", problems, "--eval-dataset", problems]
+    status, _, complaint = train("--preset", "gsm8k", *data, model="Qwen/Qwen2.5-0.5B-Instruct")
+    assert status == 2
+    assert "could not load the model Qwen/Qwen2.5-0.5B-Instruct (OSError: We couldn't connect to the Hub)" in complaint
+    assert "Without a network, give a folder" in complaint
+
+
 def test_a_tokenizer_without_a_chat_template_is_said(train, problems, model_folder):
     status, _, complaint = train(
         "--task", "gsm8k", "--dataset", problems, "--eval-dataset", problems, model=model_folder
