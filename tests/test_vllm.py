@@ -300,6 +300,18 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(tmp_path, server, s
         next(run.steps())
 
 
+def test_an_end_at_the_longest_length_is_an_end_whichever_reason_is_given_first(tmp_path, server):
+    run = through(server, tmp_path, max_new_tokens=1)
+
+    def answer(path, content):
+        for choice in content["choices"] if path == "/v1/completions" else ():
+            choice.update(token_ids=run.end_ids, finish_reason="length")
+        return content
+
+    server.answer = answer
+    assert run.sample(PROMPTS[:1], run._uniforms(2, "rollout", 0), 2).ended.all()
+
+
 def test_a_cache_that_is_kept_is_an_error(tmp_path, server):
     run = through(server, tmp_path)
     server.answer = lambda path, content: {"success": False} if path == "/reset_prefix_cache" else content
