@@ -49,7 +49,7 @@ from grpo_lab.devices import (
 from grpo_lab.endings import interrupt_between_steps, memory_explained
 from grpo_lab.forward import evaluating
 from grpo_lab.kl import kl_estimate
-from grpo_lab.losses import grpo_loss, sampler_weights
+from grpo_lab.losses import grpo_loss
 from grpo_lab.processes import (
     Processes,
     as_many,
@@ -284,7 +284,7 @@ class GRPOTrainer:
             mask = part.rollouts.completion_mask
             with self._autocast(), torch.set_grad_enabled(not part.idle):
                 scores = self._score_under(self.model, part.rollouts, self._scores)
-            weights = self._weights(part, scores.logprobs)
+            weights = None if self.vllm is None else self.vllm.weights(part, scores.logprobs)
             terms = grpo_loss(
                 scores.logprobs,
                 part.old_logprobs,  # None at the first update: the policy is the one that sampled
@@ -370,10 +370,8 @@ class GRPOTrainer:
         config = self.config
         settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
         if self.vllm is not None:
-            self.vllm.sync(self.policy)
-            known = self.policy.get_input_embeddings().weight.shape[0]
             return self.vllm.sample(
-                ids, num_generations=num_generations, uniforms=uniforms, vocabulary=known, end_ids=self.end_ids,
+                self.model, ids, num_generations=num_generations, uniforms=uniforms, end_ids=self.end_ids,
                 pad_id=self.pad_id, **settings,
             ).to(self.device)  # fmt: skip
         input_ids, mask = left_pad(ids, self.pad_id)
@@ -384,26 +382,12 @@ class GRPOTrainer:
             )  # fmt: skip
 
     def _start_vllm(self) -> VLLMSampler:
-        config = self.config
         if self.processes.count > 1:
             raise ValueError(
                 'sampler "vllm" is for one process: the others would change its weights at their own times.'
             )
         self._sampled_at_once = sys.maxsize  # it makes its own batches, and its weights go over once for all of them
-        return VLLMSampler(
-            self.policy, self.tokenizer, server=config.vllm_server, folder=self.output_dir, precision=self.precision,
-            gpu_memory=config.vllm_gpu_memory,
-        )  # fmt: skip
-
-    def _weights(self, part: MicroBatch, logprobs: Tensor) -> Tensor | None:
-        """What each completion counts if vLLM drew it: by the policy that it should have been drawn from."""
-        if self.vllm is None:
-            return None
-        drawn_by = logprobs if part.old_logprobs is None else part.old_logprobs
-        return sampler_weights(
-            drawn_by, part.rollouts.logprobs, part.rollouts.completion_mask,
-            correction=self.config.sampler_correction, cap=self.config.sampler_ratio_cap,
-        )  # fmt: skip
+        return VLLMSampler(self.config, self.model, self.tokenizer, self.precision)
 
     def decode(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens."""
@@ -516,7 +500,7 @@ class GRPOTrainer:
             raise ArithmeticError(
                 "log-probabilities are not finite: the weights of the model or reference are damaged."
             )
-        self.first_check = {"ratio": math.expm1(sums.largest_difference), "kl": sums.largest_kl}
+        self.first_check = {"ratio": math.expm1(min(sums.largest_difference, 80.0)), "kl": sums.largest_kl}
         allowed = 1e-3 if self.precision == "fp32" else 0.5  # half precision rounds by per cents
         if self.first_check["ratio"] > allowed and self.vllm is None:  # of vLLM's the mean is judged, in every rollout
             warnings.warn(
@@ -570,7 +554,8 @@ class GRPOTrainer:
         return history
 
     def _first_words(self) -> str:
-        words = f"Checked at step 1: importance ratio 1 ± {self.first_check['ratio']:.1e}"
+        what = "importance ratio" if self.vllm is None else "our probability of a token over vLLM's"
+        words = f"Checked at step 1: {what} 1 ± {self.first_check['ratio']:.1e}"
         if self.config.kl_coef > 0:
             kl = self.first_check["kl"]
             words += f", KL to the reference {f'0 ± {kl:.1e}' if kl < 1e-3 else f'already up to {kl:.2g}'}"

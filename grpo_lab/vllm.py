@@ -2,16 +2,16 @@
 
 Before each rollout the policy's weights are saved to a folder from which vLLM reads them, and prompts go over as token
 ids. What comes back was drawn by vLLM's kernels in vLLM's rounding, so not quite from our policy: the loss weighs it
-(`grpo_lab.losses.sampler_weights`). Each prompt's seed is made of its row of random numbers, so a run repeats as far
-as vLLM does; the same numbers bit for bit, and so a resumed run equal to an unbroken one, come only from our sampler.
+(`grpo_lab.losses.sampler_weights`). Each prompt's seed is made of its rows of random numbers, so a run repeats as far
+as vLLM does; bit for bit, and so that a resumed run equals an unbroken one, only our own sampler repeats it.
 
-A server must see the folder too (`output_dir`: the same machine or a shared disk) and have its weights changed by
-whoever reaches it, so only in a network that is trusted:
+A server must see the folder under the same name (`output_dir`: the same machine or a shared disk). Whoever reaches it
+can change its weights, so let only this machine or a trusted network reach it:
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --host 127.0.0.1
 
-Not measured yet: written against the documented interface of vLLM 0.31 (`collective_rpc("reload_weights")`, its
-OpenAI-compatible server and its development endpoints), and tested against a stand-in that speaks it.
+Not measured yet: written against vLLM's documentation and source as of version 0.31 (`LLM.generate`, the worker's
+`reload_weights`, the server's /v1/completions and development endpoints), tested against a stand-in that speaks it.
 """
 
 import json
@@ -33,11 +33,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo_lab.adapters import is_adapted, merged
+from grpo_lab.batches import MicroBatch
 from grpo_lab.checkpoints import without_progress_bars
+from grpo_lab.config import GRPOConfig
+from grpo_lab.losses import sampler_weights
 from grpo_lab.sampling import Rollouts, left_pad
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-FAR = 0.1  # nats; rounding to bfloat16 makes a few hundredths on average
+FAR = 0.1  # nats, on average; what rounding to bfloat16 makes of it on a GPU is not measured yet
 
 
 class Completion(NamedTuple):
@@ -54,17 +57,17 @@ class Completion(NamedTuple):
 class Colocated:
     """vLLM in this process, on the same GPU: it takes a share of the memory when it starts."""
 
-    def __init__(self, folder: Path, dtype: str, gpu_memory: float):
+    def __init__(self, folder: str, dtype: str, gpu_memory: float):
         try:
             import vllm
         except ImportError as error:
             raise ValueError(
-                'sampler "vllm" needs the package vllm, on Linux with a GPU: pip install "grpo-lab[vllm]". '
+                'sampler "vllm" needs the package vllm, on Linux with a GPU: pip install "vllm>=0.22". '
                 'Or name a server that runs elsewhere: vllm_server="http://host:8000".'
             ) from error
         self.params = vllm.SamplingParams
         self.llm = vllm.LLM(
-            model=str(folder), dtype=dtype, gpu_memory_utilization=gpu_memory,
+            model=folder, dtype=dtype, gpu_memory_utilization=gpu_memory,
             logprobs_mode="processed_logprobs",  # of what it sampled from: after the temperature
             generation_config="vllm",  # nothing but what is asked for
         )  # fmt: skip
@@ -81,11 +84,10 @@ class Colocated:
         said = output.logprobs or []  # a dict at each place: the drawn token's, and perhaps likelier ones'
         return Completion(ids, [at[i].logprob for at, i in zip(said, ids, strict=False)], output.finish_reason)
 
-    def load(self, folder: str) -> None:
-        """Take the weights from a folder, and forget what was computed with the old ones."""
+    def load(self, folder: str) -> bool:
+        """Take the weights from a folder; has all been forgotten that was computed with the old ones?"""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        if self.llm.reset_prefix_cache() is False:
-            raise RuntimeError("vLLM kept its cache of the old weights: it is still at work on other requests.")
+        return self.llm.reset_prefix_cache() is not False
 
 
 class Server:
@@ -108,7 +110,7 @@ class Server:
         try:
             yield
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RuntimeError(f"{self.url} answers, but not as vLLM 0.22 or newer does: {error!r}.") from error
+            raise ValueError(f"{self.url} answers, but not as vLLM 0.22 or newer does: {error!r}.") from error
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -119,9 +121,11 @@ class Server:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             cure = " Start it with VLLM_SERVER_DEV_MODE=1 in its environment." if error.code == 404 else ""
-            raise RuntimeError(f"the vLLM server {self.url} answered {error.code} to {path}: {said}{cure}") from error
+            raise ConnectionError(
+                f"the vLLM server {self.url} answered {error.code} to {path}: {said}{cure}"
+            ) from error
         except (OSError, ValueError) as error:  # nobody there, nobody any more, or no vLLM
-            raise RuntimeError(
+            raise ConnectionError(
                 f"no vLLM server answers at {self.url}{path} ({getattr(error, 'reason', error)}). "
                 "Start one with vllm serve, or correct --vllm-server."
             ) from error
@@ -142,43 +146,37 @@ class Server:
         with ThreadPoolExecutor(64) as pool:  # a request has one seed, so each prompt is one; vLLM batches them itself
             return list(pool.map(one, prompts, settings))
 
-    def load(self, folder: str) -> None:
-        """Take the weights from a folder, and forget what was computed with the old ones."""
+    def load(self, folder: str) -> bool:
+        """Take the weights from a folder; has all been forgotten that was computed with the old ones?"""
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        if (self._ask("/reset_prefix_cache", {}) or {}).get("success") is False:
-            raise RuntimeError("vLLM kept its cache of the old weights: it is still at work on other requests.")
+        return (self._ask("/reset_prefix_cache", {}) or {}).get("success") is not False  # before 0.26 it says nothing
 
 
 class VLLMSampler:
     """Samples with vLLM what `grpo_lab.sampling.sample` samples with the model itself.
 
     Args:
+        config: of it the fields about the sampler, and output_dir.
         model: the policy as it is now.
         tokenizer: its tokenizer; saved beside the weights for a vLLM in this process.
-        server: the address of a server, "http://host:8000"; None starts vLLM in this process.
-        folder: where weights are left for the server for a moment; both must see it under the same name.
         precision: "fp32", "bf16" or "fp16", in which weights go over.
-        gpu_memory: the share of the GPU's memory that a vLLM in this process takes.
-    Raises: ValueError or RuntimeError that says what is missing.
+    Raises: ValueError or ConnectionError that says what is missing.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, server: str | None, folder: Path, precision: str, gpu_memory):
-        self.dtype = DTYPES[precision]
-        if server is not None:
-            self.folder: Path | None = folder.resolve()
-            self.engine = Server(server)
+    def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer, precision: str):
+        self.config, self.dtype = config, DTYPES[precision]
+        if config.vllm_server is not None:
+            self.folder: Path | None = Path(config.output_dir).resolve()
+            self.engine: Server | Colocated = Server(config.vllm_server)
         else:
             self.folder = None  # the system's, TMPDIR: best one in memory
             with self._saved(model) as saved:
                 tokenizer.save_pretrained(saved)
-                self.engine = Colocated(Path(saved), self.dtype, gpu_memory)
+                self.engine = Colocated(saved, self.dtype, config.vllm_gpu_memory)
 
-    def _saved(self, model: nn.Module) -> tempfile.TemporaryDirectory:
-        # never twice the same name, so that no cache by name can keep old weights
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        saved = tempfile.TemporaryDirectory(prefix=".weights-for-vllm-", dir=self.folder)
-        os.chmod(saved.name, 0o755)  # a server in a container is often another user
+    @contextmanager
+    def _saved(self, model: nn.Module) -> Iterator[str]:
+        """A folder with the weights as they are now, in vLLM's precision, for as long as they are read."""
         whole = merged(model) if is_adapted(model) else model
         copies: dict[tuple, Tensor] = {}  # what is tied stays one tensor, and is saved once
         state = {}
@@ -187,42 +185,49 @@ class VLLMSampler:
             if key not in copies:
                 copies[key] = weight.to("cpu", getattr(torch, self.dtype)) if weight.is_floating_point() else weight
             state[name] = copies[key]
-        with without_progress_bars():
-            whole.save_pretrained(saved.name, state_dict=state)
-        return saved
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # each has a name of its own, so that no cache by name keeps old weights
+        with tempfile.TemporaryDirectory(prefix=".weights-for-vllm-", dir=self.folder) as saved:
+            os.chmod(saved, 0o755)  # a server in a container is often another user
+            with without_progress_bars():
+                whole.save_pretrained(saved, state_dict=state)
+            yield saved
 
     def sync(self, model: nn.Module) -> None:
         """Give vLLM the policy's weights as they are now; an adapter's merged in."""
         with self._saved(model) as saved:
-            self.engine.load(saved)
+            if not self.engine.load(saved):
+                raise ValueError("vLLM kept its cache of the old weights: it is still at work on other requests.")
 
     def sample(
         self,
+        model: nn.Module,
         prompts: Sequence[list[int]],
         *,
         num_generations: int,
         uniforms: Tensor,
-        vocabulary: int,
         end_ids: Sequence[int],
         pad_id: int,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Rollouts:
-        """K completions for each prompt.
+        """K completions for each prompt, under the policy's weights of this moment.
 
         Args:
+            model: the policy.
             prompts: P lists of token ids.
             uniforms: [P * K, T] numbers in [0, 1): the seeds are made of them, and T is the maximum length.
-            vocabulary: how many tokens the policy knows.
             others: as `grpo_lab.sampling.sample`. Of truncation only top_k=1 (greedy) is possible: vLLM does not
                 say which tokens it kept, so the others could not be scored as they were sampled.
         Returns: Rollouts on the CPU.
-        Raises: ValueError for what vLLM cannot do; RuntimeError for an answer that is not what was asked for.
+        Raises: ValueError for what vLLM cannot do, and for an answer that is not what was asked for; ConnectionError.
         """
         greedy = top_k == 1
         if not greedy and (top_k or top_p < 1):
             raise ValueError(f'sampler "vllm" cannot score what is truncated: top_k={top_k}, top_p={top_p}.')
+        self.sync(model)
         number = 1 if greedy else num_generations  # vLLM refuses to be greedy twice
         numbers = uniforms.view(len(prompts), num_generations, -1).cpu().numpy()
         common = {
@@ -233,7 +238,8 @@ class VLLMSampler:
         settings = [common | {"seed": zlib.crc32(n.tobytes())} for n in numbers]
         groups = self.engine.complete([list(p) for p in prompts], settings)
         if [len(g) for g in groups] != [number] * len(prompts):
-            raise RuntimeError(f"vLLM gave {[len(g) for g in groups]} completions, asked for {number} of each prompt.")
+            raise ValueError(f"vLLM gave {[len(g) for g in groups]} completions, asked for {number} of each prompt.")
+        vocabulary = model.get_input_embeddings().weight.shape[0]
         for completion in (c for group in groups for c in group):
             _check(completion, uniforms.shape[1], vocabulary, end_ids)
         rows = [c for group in groups for c in (group * num_generations if greedy else group)]
@@ -249,23 +255,31 @@ class VLLMSampler:
             completion_mask=completion_mask,
             logprobs=torch.zeros_like(logprobs) if greedy else logprobs,  # the only choice
             kept=tokens[..., None] if greedy else None,
-            ended=torch.tensor([c.reason == "stop" for c in rows]),
+            ended=torch.tensor([c.token_ids[-1] in end_ids for c in rows]),
         )
+
+    def weights(self, part: MicroBatch, logprobs: Tensor) -> Tensor:
+        """What each completion (or token) counts, given [B, T] the policy's log-probabilities of it as of now."""
+        return sampler_weights(
+            logprobs if part.old_logprobs is None else part.old_logprobs, part.rollouts.logprobs,
+            part.rollouts.completion_mask, correction=self.config.sampler_correction, cap=self.config.sampler_ratio_cap,
+        )  # fmt: skip
 
 
 def _check(completion: Completion, longest: int, vocabulary: int, end_ids: Sequence[int]) -> None:
-    """Is this what was asked for? Raises RuntimeError that says what is not."""
+    """Is this what was asked for? Raises ValueError that says what is not."""
     ids, logprobs, reason = completion
-    if not 1 <= len(ids) <= longest or reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM broke off a completion after {len(ids)} tokens of at most {longest}: {reason!r}.")
-    if (reason == "stop") != (ids[-1] in end_ids):
-        raise RuntimeError(f"vLLM ended a completion ({reason}) with token {ids[-1]}; the end tokens are {end_ids}.")
+    whole = reason == "stop" or (reason == "length" and len(ids) == longest)
+    if not 1 <= len(ids) <= longest or not whole:
+        raise ValueError(f"vLLM broke off a completion after {len(ids)} of at most {longest} tokens ({reason}).")
+    if (reason == "stop" and ids[-1] not in end_ids) or set(ids[:-1]) & set(end_ids):
+        raise ValueError(f"vLLM ends completions elsewhere ({reason}: {ids[-5:]}) than at the end tokens {end_ids}.")
     if min(ids) < 0 or max(ids) >= vocabulary:
-        raise RuntimeError(f"vLLM drew token {max(ids)}, but the policy knows {vocabulary}: it runs another model.")
+        raise ValueError(f"vLLM drew token {max(ids)}, but the policy knows {vocabulary}: it runs another model.")
     if len(logprobs) != len(ids):
-        raise RuntimeError(f"vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens.")
+        raise ValueError(f"vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens.")
     if not all(p is not None and math.isfinite(p) for p in logprobs):
-        raise RuntimeError("vLLM's log-probabilities are not finite: the weights that it was given are damaged.")
+        raise ValueError("vLLM's log-probabilities are not finite: the weights that it was given are damaged.")
 
 
 def warn_if_far(difference: float) -> None:

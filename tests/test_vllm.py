@@ -115,7 +115,8 @@ def test_it_draws_from_the_distribution_that_it_says(tmp_path, stand):
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2, "learning_rate": 0.1}], ids=["all", "LoRA"])
 def test_its_weights_follow_the_policy_after_each_update(tmp_path, stand, settings):
     here = stand()
-    run = make_trainer(tmp_path / "run", max_steps=3, **here.settings | settings)
+    # always the same prompts: what vLLM remembers of them is of old weights
+    run = make_trainer(tmp_path / "run", prompts=PROMPTS[:4], max_steps=3, **here.settings | settings)
     before = None
     for record in run.steps():
         assert record.metrics[f"{DIFFERENCE}/max"] < 1e-4  # as we score them with the weights of this moment
@@ -168,9 +169,8 @@ def test_micro_batches_and_a_checkpoint_amid_a_rollout_change_nothing(tmp_path, 
 def test_tied_weights_and_half_precision_go_over(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm_stand_in.package())
     model = tiny_model(tie_word_embeddings=True)
-    sampler = VLLMSampler(
-        model, make_tokenizer(), server=None, folder=tmp_path, precision="bf16", gpu_memory=0.3
-    )  # fmt: skip
+    config = GRPOConfig(**SETTINGS, output_dir=str(tmp_path))
+    sampler = VLLMSampler(config, model, make_tokenizer(), "bf16")
     sampler.sync(model)
     theirs = sampler.engine.llm.engine.model.state_dict()
     for name, weight in model.state_dict().items():
@@ -223,12 +223,12 @@ def test_a_run_without_vllm_has_no_weights_and_loads_no_vllm(tmp_path, monkeypat
 
 def test_without_the_package_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r'pip install "grpo-lab\[vllm\]"'):
+    with pytest.raises(ValueError, match=r'pip install "vllm>=0\.22"'):
         make_trainer(tmp_path, **SETTINGS)
 
 
 def test_a_server_that_is_not_there_is_noticed_before_training(tmp_path):
-    with pytest.raises(RuntimeError, match=r"no vLLM server answers at http://127\.0\.0\.1:9/v1/models"):
+    with pytest.raises(ConnectionError, match=r"no vLLM server answers at http://127\.0\.0\.1:9/v1/models"):
         make_trainer(tmp_path, vllm_server="http://127.0.0.1:9", **SETTINGS)
 
 
@@ -245,7 +245,7 @@ def through(server, tmp_path, **settings) -> GRPOTrainer:
 
 def test_a_server_that_cannot_change_its_weights_or_says_raw_log_probabilities_is_refused(tmp_path, server):
     server.dev_mode = False
-    with pytest.raises(RuntimeError, match="VLLM_SERVER_DEV_MODE=1"):
+    with pytest.raises(ConnectionError, match="VLLM_SERVER_DEV_MODE=1"):
         through(server, tmp_path)
     server.dev_mode, server.logprobs_mode = True, "raw_logprobs"
     with pytest.raises(ValueError, match=r"raw_logprobs, which are not of the distribution .*processed_logprobs"):
@@ -255,14 +255,14 @@ def test_a_server_that_cannot_change_its_weights_or_says_raw_log_probabilities_i
 def test_a_server_of_another_model_is_noticed_before_its_first_completion(tmp_path, server):
     run = through(server, tmp_path)
     server.engine.model = tiny_model(hidden_size=16)
-    with pytest.raises(RuntimeError, match=r"answered 500 to /collective_rpc: .*weights do not fit"):
+    with pytest.raises(ConnectionError, match=r"answered 500 to /collective_rpc: .*weights do not fit"):
         next(run.steps())
     assert run.step == 0
 
 
 def test_a_page_that_is_no_vllm_server(tmp_path, server):
     server.answer = lambda path, content: "hello"
-    with pytest.raises(RuntimeError, match=r"answers, but not as vLLM 0\.22 or newer does"):
+    with pytest.raises(ValueError, match=r"answers, but not as vLLM 0\.22 or newer does"):
         through(server, tmp_path)
 
 
@@ -273,11 +273,16 @@ FAULTS = {
     "null": (lambda c: c[0]["logprobs"]["token_logprobs"].__setitem__(0, None), "not finite"),
     "nan": (lambda c: c[0]["logprobs"]["token_logprobs"].__setitem__(0, math.nan), "not finite"),
     "unknown token": (lambda c: c[0].update(token_ids=[999] * 6, finish_reason="length"), r"token 999, but the policy"),
-    "another end": (lambda c: c[0].update(token_ids=[5], finish_reason="stop"), r"ended a completion \(stop\)"),
-    "broken off": (lambda c: c[0].update(finish_reason="abort"), r"broke off a completion .*'abort'"),
-    "empty": (lambda c: c[0].update(token_ids=[]), r"after 0 tokens of at most 6"),
+    "another end": (
+        lambda c: c[0].update(token_ids=[5], finish_reason="stop"),
+        r"ends completions elsewhere \(stop: \[5\]\)",
+    ),
+    "wrote on": (lambda c: c[0].update(token_ids=[1] * 6, finish_reason="length"), r"elsewhere \(length: \[1, 1"),
+    "context too short": (lambda c: c[0].update(token_ids=[5] * 3, finish_reason="length"), r"after 3 of at most 6"),
+    "broken off": (lambda c: c[0].update(finish_reason="abort"), r"broke off a completion .*\(abort\)"),
+    "empty": (lambda c: c[0].update(token_ids=[]), r"after 0 of at most 6 tokens"),
     "no token ids": (lambda c: c[0].pop("token_ids"), r"not as vLLM 0\.22 or newer does: KeyError\('token_ids'\)"),
-    "too long": (lambda c: c[0].update(token_ids=[5] * 7), r"after 7 tokens of at most 6"),
+    "too long": (lambda c: c[0].update(token_ids=[5] * 7), r"after 7 of at most 6 tokens"),
 }
 
 
@@ -291,14 +296,26 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(tmp_path, server, s
         return content
 
     server.answer = answer
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(ValueError, match=words):
         next(run.steps())
+
+
+def test_an_end_at_the_longest_length_is_an_end_whichever_reason_is_given_first(tmp_path, server):
+    run = through(server, tmp_path, max_new_tokens=1)
+
+    def answer(path, content):
+        for choice in content["choices"] if path == "/v1/completions" else ():
+            choice.update(token_ids=run.end_ids, finish_reason="length")
+        return content
+
+    server.answer = answer
+    assert run.sample(PROMPTS[:1], run._uniforms(2, "rollout", 0), 2).ended.all()
 
 
 def test_a_cache_that_is_kept_is_an_error(tmp_path, server):
     run = through(server, tmp_path)
     server.answer = lambda path, content: {"success": False} if path == "/reset_prefix_cache" else content
-    with pytest.raises(RuntimeError, match="kept its cache of the old weights"):
+    with pytest.raises(ValueError, match="kept its cache of the old weights"):
         next(run.steps())
 
 
