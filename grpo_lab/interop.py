@@ -70,13 +70,21 @@ def to_trl(config: GRPOConfig, **changes: Any):
         "epsilon_high": 1 + high if cispo else high,  # of CISPO TRL's is the cap itself
         "use_bias_correction_kl": False,  # TRL multiplies k3 by the ratio otherwise
         "reward_weights": config.reward_weights and list(config.reward_weights),
-        "per_device_train_batch_size": rows, "per_device_eval_batch_size": rows,
-        "max_steps": config.max_steps or -1, "eval_strategy": "steps" if config.eval_steps else "no",
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "max_steps": config.max_steps or -1,
+        "eval_strategy": "steps" if config.eval_steps else "no",
         "max_grad_norm": config.max_grad_norm if config.max_grad_norm < float("inf") else 0.0,  # 0 turns it off there
-        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,  # torch's, which our trainer leaves as they are
-        "use_cpu": device == "cpu", "bf16": precision == "bf16", "fp16": precision == "fp16",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,  # torch's, which our trainer leaves as they are
+        "use_cpu": device == "cpu",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         "report_to": list(config.trackers),
-    }  # fmt: skip
+    }
+    if config.optimizer == "adamw_8bit":
+        settings["optim"] = "adamw_bnb_8bit"  # fmt: skip
     return trl.GRPOConfig(**settings | changes)
 
 
