@@ -64,8 +64,8 @@ def beside_the_first(runs: Runs) -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         panel.set_ylim(0, 1)
-    figure.supxlabel("optimizer step", fontsize=10)
-    figure.supylabel("reward", fontsize=10)
+        panel.set(xlabel="optimizer step", ylabel="reward")
+        panel.label_outer()
     figure.legend(figure.axes[0].lines, [healthy[0], "exhibit"], loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -390,11 +390,11 @@ def draw(card: Card, runs: Runs) -> Figure:
 
 
 def png(card: Card, runs: Runs) -> bytes:
-    """The picture in few colours; it names its data by a checksum, so that a test can tell an old one."""
+    """The picture in 256 colours, a third of the size; it names its data by a checksum, so that a test can tell an old one."""
     full, small, stamp = BytesIO(), BytesIO(), PngInfo()
     draw(card, runs).savefig(full, dpi=100)
     stamp.add_text("Source", checksum(card, runs))
-    few = Image.open(full).convert("RGB").quantize(48, dither=Image.Dither.NONE)
+    few = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few.save(small, "PNG", optimize=True, pnginfo=stamp)
     return small.getvalue()
 
