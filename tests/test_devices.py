@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_trainer import make_trainer, weights
 from torch import nn
 
-from grpo_lab import GRPOConfig, devices
+from grpo_lab import GRPOConfig, devices, trainer
 from grpo_lab.checkpoints import load_state
 
 
@@ -111,6 +111,77 @@ def test_a_bf16_model_is_trained_and_saved_in_float32(tmp_path, precision):
         total += weight.numel()
     assert moved > 0.5 * total  # a token that no prompt has gets no gradient
     assert rounded < 0.1 * moved  # and nearly all of it would have been lost in bf16
+
+
+# --- fp16 with loss scaling -------------------------------------------------------------------------------
+# Accelerate makes a scaler on GPUs only. Here PyTorch's works on a CPU in its place, in float32, and a hook takes what
+# fp16 cannot hold for infinite.
+
+FP16_MAX = 65504.0
+
+
+def scaled_trainer(folder, *, scale, growth_interval=1000, **settings):
+    """A trainer as in fp16 on a GPU: its losses are multiplied by a scale that halves at each overflow."""
+    run = make_trainer(folder, device="cpu", **settings)
+    accelerator = run.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator._optimizers.clear()
+    run.optimizer = accelerator.prepare(run.optimizer.optimizer)
+    for weight in run.model.parameters():
+        weight.register_hook(lambda gradient: gradient.where(gradient.abs() < FP16_MAX, torch.inf))
+    return run
+
+
+def test_scaling_by_a_power_of_two_changes_nothing(tmp_path):
+    plain, scaled = make_trainer(tmp_path / "plain"), scaled_trainer(tmp_path / "scaled", scale=2.0**8)
+    assert [r.metrics["grad_norm"] for r in plain.steps()] == [r.metrics["grad_norm"] for r in scaled.steps()]
+    assert torch.equal(weights(plain), weights(scaled))
+    assert scaled.accelerator.scaler.get_scale() == 2.0**8
+
+
+def test_a_scaler_that_looks_for_its_scale_skips_steps_and_stops_no_run(tmp_path):
+    run = scaled_trainer(tmp_path, scale=2.0**26, max_steps=14, max_skipped_steps=1)
+    before, norms = weights(run), []
+    for record in run.steps():
+        norms.append(record.metrics["grad_norm"])
+        skipped = norms.count(torch.inf)
+        assert record.metrics["skipped_steps"] == skipped
+        assert run.accelerator.scaler.get_scale() == 2.0 ** (26 - skipped)  # halved at every overflow
+        assert run.scheduler.last_epoch == record.step - skipped  # the schedule waits
+        # a skipped step changes nothing, nor does one in which all groups agree
+        assert torch.equal(before, weights(run)) == (norms[-1] in (0.0, torch.inf))
+        assert run.skipped_in_a_row == 0
+        before = weights(run)
+    assert norms[:3] == [torch.inf] * 3  # far more than max_skipped_steps
+    assert any(0 < norm < torch.inf for norm in norms)
+
+
+def test_what_is_not_finite_at_any_scale_still_stops_the_run(tmp_path, monkeypatch):
+    run, real = scaled_trainer(tmp_path, scale=4.0, max_steps=20, max_skipped_steps=3), trainer.grpo_loss
+    monkeypatch.setattr(trainer, "grpo_loss", lambda logprobs, *a, **k: real(logprobs * float("nan"), *a, **k))
+    monkeypatch.setattr(run, "_check_first_update", lambda sums: None)
+    before = weights(run)
+    with pytest.raises(ArithmeticError, match="3 steps in a row"):
+        list(run.steps())
+    # with scales 4 and 2 it may have been the scale; with 1, 1/2 and 1/4 it was not
+    assert (run.skipped_steps, run.accelerator.scaler.get_scale()) == (5, 0.125)
+    assert torch.equal(before, weights(run))
+
+
+def test_a_run_goes_on_with_the_scale_it_had_found(tmp_path):
+    settings = {"scale": 2.0**20, "growth_interval": 2, "max_steps": 8, "save_steps": 1}
+    whole, scales = scaled_trainer(tmp_path / "whole", **settings), []
+    for _ in whole.steps():
+        scales.append(whole.accelerator.scaler.get_scale())
+    assert len(set(scales)) > 2  # it went down and up
+    for step in (1, 4):
+        again = scaled_trainer(tmp_path / "again", **settings)
+        found = []
+        for _ in again.steps(resume=tmp_path / "whole" / f"checkpoint-{step}"):
+            found.append(again.accelerator.scaler.get_scale())
+        assert found == scales[step:]
+        assert torch.equal(weights(whole), weights(again))
 
 
 # --- 8-bit AdamW ------------------------------------------------------------------------------------------
