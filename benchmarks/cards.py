@@ -390,7 +390,7 @@ def draw(card: Card, runs: Runs) -> Figure:
 
 
 def png(card: Card, runs: Runs) -> bytes:
-    """The picture in 256 colours, which is smaller; a checksum in it names its data, so that a test knows an old one."""
+    """The picture in 256 colours, which is smaller, with a checksum of its data, so that a test knows an old one."""
     full, small, stamp = BytesIO(), BytesIO(), PngInfo()
     draw(card, runs).savefig(full, dpi=100)
     stamp.add_text("Source", checksum(card, runs))
