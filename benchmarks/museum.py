@@ -58,6 +58,7 @@ def record(exhibit: str) -> dict:
         "seed": museum.SEED,
         "model": "pocket",
         "changed": museum.SETTINGS,
+        "config": {k: v for k, v in trainer.config.to_dict().items() if "output_dir" not in k},
         "command": f"python benchmarks/museum.py {exhibit}",
         **circumstances(),
         "seconds": round(seconds, 1),

@@ -68,6 +68,8 @@ class GRPOConfig:
     """What the learning rate does after the warmup; a name from `transformers.get_scheduler`."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or AdamW whose two running means take a byte each per weight instead of four (needs bitsandbytes)."""
     max_steps: int | None = None
     """Optimizer steps in all; overrides num_epochs, and starts new epochs as needed."""
     num_iterations: int = 1

@@ -82,6 +82,8 @@ def to_trl(config: GRPOConfig, **changes: Any):
         "vllm_mode": "colocate" if config.vllm_server is None else "server",
         "vllm_importance_sampling_mode": f"{config.sampler_correction}_truncate",
     }  # fmt: skip
+    if config.optimizer == "adamw_8bit":
+        settings["optim"] = "adamw_bnb_8bit"
     return trl.GRPOConfig(**settings | changes)
 
 

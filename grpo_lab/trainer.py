@@ -41,6 +41,7 @@ from grpo_lab.devices import (
     disable_dropout,
     enable_checkpointing,
     make_accelerator,
+    make_optimizer,
     match_precision,
     resolve_device,
     resolve_precision,
@@ -150,12 +151,7 @@ class GRPOTrainer:
         self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
         rollouts = self.order.batches_per_epoch * config.num_epochs
         self.total_steps = config.max_steps or rollouts * config.num_iterations
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        optimizer = make_optimizer(model, config, self.device)
         self.scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=self.total_steps
         )

@@ -193,6 +193,11 @@ def test_changes_are_taken_as_they_are_under_the_names_of_trl():
         to_trl(BASE, kl_coef=0.1)
 
 
+def test_the_8_bit_optimizer_is_that_of_the_same_package_there():
+    assert to_trl(BASE.replace(optimizer="adamw_8bit")).optim == "adamw_bnb_8bit"
+    assert "adamw_torch" in to_trl(BASE).optim  # "adamw_torch_fused" where that is the default
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_has_the_precision_of_our_trainer(monkeypatch, precision):
     seen = {}
