@@ -1,4 +1,4 @@
-"""The command line: `grpo-lab train`, `plot` and `doctor`, and what they print.
+"""The command line: `grpo-lab train`, `pretrain`, `plot` and `doctor`, and what they print.
 
 Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
 they are needed, so that `--help` answers at once.
@@ -116,6 +116,24 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")  # fmt: skip
     _add_settings(train.add_argument_group("settings", "defaults are those of GRPOConfig; a preset may change them"))
 
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="make a small model from nothing, to be trained",
+        description="Pre-train a character model on generated Countdown text, without any download. It can play and "
+        "seldom does: grpo-lab train --preset countdown4 --model-name FOLDER brings it out.",
+    )
+    pretrain.set_defaults(command=pretrain_command)
+    pretrain.add_argument("--output-dir", required=True, metavar="FOLDER", help="for the model and its card.json")
+    pretrain.add_argument("--size", default="small", help="small (a minute on a CPU core), medium or large (for a GPU)")
+    length = pretrain.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="steps of reading (default: those of the size)")
+    length.add_argument("--seconds", type=float, help="read for so long instead")
+    pretrain.add_argument("--seed", type=int, default=0, help="of weights and text (default: 0)")
+    pretrain.add_argument("--device", default="auto", help="auto, cuda, cpu or mps (default: auto)")
+    pretrain.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    pretrain.add_argument("--overwrite-output-dir", action="store_true", help="replace what an earlier pretrain wrote")
+    pretrain.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
     plot = commands.add_parser(
         "plot",
         help="draw several runs in one picture",
@@ -214,6 +232,28 @@ def train_command(options: argparse.Namespace) -> int:
 def _refuse_empty(options: argparse.Namespace) -> None:
     if empty := [name for name, value in vars(options).items() if value == ""]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Is a variable of the shell not set?")
+
+
+def pretrain_command(options: argparse.Namespace) -> int:
+    """Make a model, write it, and say what it can do."""
+    _refuse_empty(options)
+    folder = Path(options.output_dir)
+    if folder.exists() and any(folder.iterdir()) and not options.overwrite_output_dir:
+        raise ValueError(
+            f"{folder} is not empty. Replace what is there: --overwrite-output-dir. Or name another folder."
+        )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_command
+    from grpo_lab.pretraining import pretrain, save
+
+    settings = ("size", "steps", "seconds", "seed", "device", "precision")
+    model, tokenizer, card = pretrain(**{name: getattr(options, name) for name in settings})
+    save(folder, model, tokenizer, card)
+    print(f"{card['task']}, right on problems kept for evaluation (sampled, greedily, at least one of 8):")
+    for authors, shares in card["held_out"].items():
+        print(f"  after {authors}: {', '.join(f'{share:.1%}' for share in shares.values())}")
+    print(f"Written to {folder} after {card['seconds']:.0f} seconds. Go on:")
+    print(f"  grpo-lab train --preset countdown4 --model-name {folder}")
+    return 0
 
 
 def plot_command(options: argparse.Namespace) -> int:

@@ -10,17 +10,16 @@ them is text about problems without a solution, answered by the nearest expressi
 in the same way (pocket/make.py); here whole batches of text are written at once, on the device that reads them.
 """
 
-import hashlib
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, permutations
+from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_lab.checkpoints import without_progress_bars
 from grpo_lab.data import (
     countdown_dataset,
     countdown_expressions,
@@ -123,6 +123,10 @@ class Text(NamedTuple):
     """[n!, n] the orders in which the numbers of a prompt may stand."""
     marks: Tensor
     """[6] token ids of , : = + the end, and padding."""
+
+    def to(self, device: str) -> "Text":
+        """The same tables on another device."""
+        return Text(self.solvable, *(table.to(device) for table in self[1:]))
 
 
 @cache
@@ -326,3 +330,125 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+# --- the whole of it -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and how it reads."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    batch: int
+    """Lines of text per step."""
+    steps: int
+    """Of the careful author, then of both."""
+    learning_rate: float
+    """Of AdamW at its peak, for embeddings, norms and biases; the matrices inside have Muon's."""
+
+
+SIZES = {
+    "small": Size(hidden_size=64, layers=2, heads=4, batch=128, steps=700, learning_rate=3e-3),  # 0.13 M weights
+    "medium": Size(hidden_size=192, layers=4, heads=4, batch=256, steps=3000, learning_rate=2e-3),  # 2.4 M
+    "large": Size(hidden_size=512, layers=6, heads=8, batch=4096, steps=3000, learning_rate=1e-3),  # 25 M
+}
+BOTH_SHARE = 0.15  # of the steps or seconds: the second phase, in which both authors are read
+CAREFUL_SHARE = 0.29  # of its text
+
+
+def pretrain(
+    size: str = "small",
+    *,
+    numbers: int = 4,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
+    """A model from random weights that can play Countdown and seldom does, ready for GRPO.
+
+    Args:
+        size: small (for a CPU core), medium or large (for a GPU); see SIZES.
+        numbers: of a Countdown problem, 3 or 4.
+        steps, seconds: how long it reads, both phases together; at most one of them. Neither: the size's steps.
+            The same seed and steps give the same model on the same machine; with seconds its speed has a say.
+        device, precision: as in GRPOConfig.
+    Returns: the model (on the device, weights in float32), its tokenizer, and its card: how it was made, and which
+        share of held-out problems it solves, after the careful author alone and at the end.
+    Raises: ValueError for a size, device or length that does not exist.
+    """
+    if size not in SIZES:
+        raise ValueError(f"there is no size {size!r}. Sizes: {', '.join(SIZES)}.")
+    if steps is not None and seconds is not None:
+        raise ValueError(f"give steps or seconds, not both; got {steps} and {seconds}.")
+    if (steps is not None and steps < 2) or (seconds is not None and not 0 < seconds < math.inf):
+        raise ValueError(f"steps must be at least 2 and seconds greater than 0, got {steps or seconds}.")
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    chosen = SIZES[size]
+    if steps is None and seconds is None:
+        steps = chosen.steps
+
+    began = time.perf_counter()
+    text = make_text(numbers).to(device)
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, hidden_size=chosen.hidden_size, layers=chosen.layers, heads=chosen.heads)
+    model.to(device)
+    random = torch.Generator(device).manual_seed(seed)
+
+    def phase(share: float, careful_share: float, learning_rate: float, *, muon: bool) -> dict[str, float]:
+        length = {"steps": max(1, round(share * steps))} if steps else {"seconds": share * seconds}
+        lines = batches(text, chosen.batch, careful_share, random)
+        return read(model, lines, learning_rate=learning_rate, muon=muon, precision=precision, **length)
+
+    first = phase(1 - BOTH_SHARE, 1.0, chosen.learning_rate, muon=True)
+    ability = held_out(model, tokenizer, numbers)
+    second = phase(BOTH_SHARE, CAREFUL_SHARE, chosen.learning_rate / 4, muon=False)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {processor()}"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    card = {
+        "task": f"Countdown with {numbers} numbers",
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": seed,
+        "budget": f"{steps} steps" if steps else f"{seconds:g} seconds",
+        "steps": [first["steps"], second["steps"]],
+        "lines": (first["steps"] + second["steps"]) * chosen.batch,
+        "loss": [first["loss"], second["loss"]],
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.perf_counter() - began, 1),
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "versions": {"python": platform.python_version(), **versions},
+        "held_out": {"the careful author": ability, "both authors": held_out(model, tokenizer, numbers)},
+    }
+    return model, tokenizer, card
+
+
+def held_out(model, tokenizer, numbers: int, *, size: int = 400, K: int = 8, seed: int = 0) -> dict[str, float]:
+    """Shares of held-out problems solved: in one sample, greedily, and by at least one of K samples."""
+    sampled = solved(model, tokenizer, numbers=numbers, size=size, K=K, seed=seed)
+    return {
+        "sampled": sampled.float().mean().item(),
+        "greedy": accuracy(model, tokenizer, numbers=numbers, size=size, greedy=True, seed=seed),
+        f"pass@{K}": sampled.any(1).float().mean().item(),
+    }
+
+
+def save(folder: str | Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, card: dict[str, Any]) -> None:
+    """A folder that `from_pretrained` loads and `grpo-lab train --model-name` takes; card.json says how it was made."""
+    with without_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

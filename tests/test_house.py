@@ -26,7 +26,7 @@ FLOORS = [
         "batches",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting"},  # settings, and what is written
-    {"trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
+    {"trainer", "interop", "comparison", "pretraining"},  # the run here and elsewhere, several, and what comes before
     {"pocket", "judge"},
     {"checks"},
     {"widgets", "lessons", "doctor"},
