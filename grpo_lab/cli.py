@@ -239,9 +239,7 @@ def pretrain_command(options: argparse.Namespace) -> int:
     _refuse_empty(options)
     folder = Path(options.output_dir)
     if folder.exists() and any(folder.iterdir()) and not options.overwrite_output_dir:
-        raise ValueError(
-            f"{folder} is not empty. Replace what is there: --overwrite-output-dir. Or name another folder."
-        )
+        raise ValueError(f"{folder} is not empty. Replace what it holds: --overwrite-output-dir. Or name another.")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_command
     from grpo_lab.pretraining import pretrain, save
 

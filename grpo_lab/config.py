@@ -343,4 +343,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 6e-4, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100, "warmup_steps": 5,
         "kl_coef": 0.02, "logging_steps": 1, "save_steps": 50,
     },
+    # Countdown with four numbers, on a model that `grpo-lab pretrain` made: large groups, no reference model
+    "countdown4": {
+        "num_generations_per_prompt": 32, "max_new_tokens": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "learning_rate": 6e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 150, "warmup_steps": 5,
+        "kl_coef": 0.0, "save_steps": 150,
+    },
 }  # fmt: skip

@@ -276,7 +276,7 @@ def read(
     began, step, losses = time.perf_counter(), 0, []
     while True:
         spent, budget = (step, steps) if steps else (time.perf_counter() - began, seconds)
-        if spent >= budget:
+        if step and spent >= budget:
             break
         risen = (step + 1) / max(1, min(100, steps // 10)) if steps else 20 * spent / budget
         factor = min(risen, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / budget)))
@@ -352,10 +352,10 @@ class Size:
 
 SIZES = {
     "small": Size(hidden_size=64, layers=2, heads=4, batch=128, steps=700, learning_rate=3e-3),  # 0.13 M weights
-    "medium": Size(hidden_size=192, layers=4, heads=4, batch=256, steps=3000, learning_rate=2e-3),  # 2.4 M
-    "large": Size(hidden_size=512, layers=6, heads=8, batch=4096, steps=3000, learning_rate=1e-3),  # 25 M
+    "medium": Size(hidden_size=128, layers=4, heads=4, batch=128, steps=5000, learning_rate=3e-3),  # 1.1 M
+    "large": Size(hidden_size=512, layers=6, heads=8, batch=2048, steps=5000, learning_rate=2e-3),  # 25 M
 }
-BOTH_SHARE = 0.15  # of the steps or seconds: the second phase, in which both authors are read
+BOTH_SHARE = 0.1  # of the steps or seconds: the second phase, in which both authors are read
 CAREFUL_SHARE = 0.29  # of its text
 
 
@@ -386,7 +386,9 @@ def pretrain(
     if steps is not None and seconds is not None:
         raise ValueError(f"give steps or seconds, not both; got {steps} and {seconds}.")
     if (steps is not None and steps < 2) or (seconds is not None and not 0 < seconds < math.inf):
-        raise ValueError(f"steps must be at least 2 and seconds greater than 0, got {steps or seconds}.")
+        raise ValueError(f"steps must be at least 2, seconds more than 0, got {seconds if steps is None else steps}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 4294967295, got {seed}.")
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     chosen = SIZES[size]
@@ -402,14 +404,16 @@ def pretrain(
     model.to(device)
     random = torch.Generator(device).manual_seed(seed)
 
-    def phase(share: float, careful_share: float, learning_rate: float, *, muon: bool) -> dict[str, float]:
-        length = {"steps": max(1, round(share * steps))} if steps else {"seconds": share * seconds}
-        lines = batches(text, chosen.batch, careful_share, random)
-        return read(model, lines, learning_rate=learning_rate, muon=muon, precision=precision, **length)
+    both = {"seconds": BOTH_SHARE * seconds} if seconds else {"steps": max(1, round(BOTH_SHARE * steps))}
+    careful = {"seconds": seconds - both["seconds"]} if seconds else {"steps": steps - both["steps"]}
 
-    first = phase(1 - BOTH_SHARE, 1.0, chosen.learning_rate, muon=True)
+    def phase(careful_share: float, learning_rate: float, **length) -> dict[str, float]:
+        lines = batches(text, chosen.batch, careful_share, random)
+        return read(model, lines, learning_rate=learning_rate, precision=precision, **length)
+
+    first = phase(1.0, chosen.learning_rate, muon=True, **careful)
     ability = held_out(model, tokenizer, numbers)
-    second = phase(BOTH_SHARE, CAREFUL_SHARE, chosen.learning_rate / 4, muon=False)
+    second = phase(CAREFUL_SHARE, chosen.learning_rate / 4, muon=False, **both)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {processor()}"
     versions = {
         "python": platform.python_version(),

@@ -275,6 +275,7 @@ def test_no_value_network_is_made(here, tiny):
     assert trained == {id(p) for p in tiny[0].parameters()}
 
 
-def test_presets_are_the_papers_and_the_pocket_models():
-    assert set(PRESETS) == {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce", "pocket"}
+def test_presets_are_the_papers_and_the_small_models():
+    papers = {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce"}
+    assert set(PRESETS) == papers | {"pocket", "countdown4"}
     assert GRPOConfig.preset("grpo") == GRPOConfig()
