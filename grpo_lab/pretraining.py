@@ -15,6 +15,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -37,7 +38,7 @@ from grpo_lab.data import (
     countdown_value,
     encode_prompt,
 )
-from grpo_lab.devices import autocast, resolve_device, resolve_precision
+from grpo_lab.devices import autocast, resolve_device, resolve_precision, threads_for
 from grpo_lab.forward import evaluating
 from grpo_lab.rewards import countdown
 from grpo_lab.sampling import left_pad, sample
@@ -131,7 +132,7 @@ class Text(NamedTuple):
 
 @cache
 def make_text(numbers: int) -> Text:
-    """The tables from which `write_lines` draws; some seconds of work, done once."""
+    """The tables from which `write_lines` draws; a second's work, done once."""
     tokenizer = make_tokenizer()
     id_of = torch.zeros(128, dtype=torch.long)
     for character in CHARACTERS:
@@ -139,9 +140,8 @@ def make_text(numbers: int) -> Text:
 
     def ids(texts: Iterable[str]) -> Tensor:
         texts = list(texts)
-        return id_of[torch.frombuffer(bytearray("".join(texts), "ascii"), dtype=torch.uint8).long()].view(
-            len(texts), -1
-        )
+        characters = torch.frombuffer(bytearray("".join(texts), "ascii"), dtype=torch.uint8)
+        return id_of[characters.long()].view(len(texts), -1)
 
     train = countdown_problems("train", numbers)
     solvable = [(chosen, target, countdown_expressions(chosen)[target]) for chosen, target in train]
@@ -192,7 +192,7 @@ def write_lines(text: Text, uniforms: Tensor, careful_share: float) -> tuple[Ten
     Args:
         uniforms: [B, 7] numbers in [0, 1), on the device of the text: who writes what is decided by nothing else.
         careful_share: of the lines that the careful author writes.
-    Returns: [B, 4n + 4] token ids, and labels that leave out prompt and padding (-100).
+    Returns: [B, 4n + 3] token ids, and labels that leave out prompt and padding (-100).
     """
 
     def choose(column: int, among: Tensor | int) -> Tensor:
@@ -319,8 +319,7 @@ def solved(model, tokenizer, *, numbers: int = 3, size: int = 400, K: int = 1, g
 
 def accuracy(model, tokenizer, *, greedy: bool = False, **settings) -> float:
     """Share of held-out problems solved; see `solved`."""
-    right = solved(model, tokenizer, greedy=greedy, **settings)
-    return right.sum().item() / right.numel()
+    return _share(solved(model, tokenizer, greedy=greedy, **settings))
 
 
 def processor() -> str:
@@ -411,15 +410,13 @@ def pretrain(
         lines = batches(text, chosen.batch, careful_share, random)
         return read(model, lines, learning_rate=learning_rate, precision=precision, **length)
 
-    first = phase(1.0, chosen.learning_rate, muon=True, **careful)
-    ability = held_out(model, tokenizer, numbers)
-    second = phase(CAREFUL_SHARE, chosen.learning_rate / 4, muon=False, **both)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {processor()}"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    threads = threads_for(model)
+    with _threads(threads):
+        first = phase(1.0, chosen.learning_rate, muon=True, **careful)
+        ability = held_out(model, tokenizer, numbers)
+        second = phase(CAREFUL_SHARE, chosen.learning_rate / 4, muon=False, **both)
+        in_the_end = held_out(model, tokenizer, numbers)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     card = {
         "task": f"Countdown with {numbers} numbers",
         "size": size,
@@ -431,23 +428,34 @@ def pretrain(
         "loss": [first["loss"], second["loss"]],
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.perf_counter() - began, 1),
-        "device": where,
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {processor()}",
+        "threads": threads,
         "precision": precision,
         "versions": {"python": platform.python_version(), **versions},
-        "held_out": {"the careful author": ability, "both authors": held_out(model, tokenizer, numbers)},
+        "held_out": {"the careful author": ability, "both authors": in_the_end},
     }
     return model, tokenizer, card
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def held_out(model, tokenizer, numbers: int, *, size: int = 400, K: int = 8, seed: int = 0) -> dict[str, float]:
     """Shares of held-out problems solved: in one sample, greedily, and by at least one of K samples."""
     sampled = solved(model, tokenizer, numbers=numbers, size=size, K=K, seed=seed)
-    return {
-        "sampled": sampled.float().mean().item(),
-        "greedy": accuracy(model, tokenizer, numbers=numbers, size=size, greedy=True, seed=seed),
-        f"pass@{K}": sampled.any(1).float().mean().item(),
-    }
+    greedy = solved(model, tokenizer, numbers=numbers, size=size, greedy=True, seed=seed)
+    return {"sampled": _share(sampled), "greedy": _share(greedy), f"pass@{K}": _share(sampled.any(1))}
+
+
+def _share(right: Tensor) -> float:
+    return right.sum().item() / right.numel()
 
 
 def save(folder: str | Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, card: dict[str, Any]) -> None:
