@@ -67,7 +67,7 @@ def test_the_kl_penalty_holds_the_policy_back_and_costs_reward(tmp_path, uniform
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(tmp_path, preset):
-    settings = {k: v for k, v in PRESETS[preset].items() if preset != "pocket"}
+    settings = {} if preset in ("pocket", "countdown4") else PRESETS[preset]  # GRPO in other sizes
     run = make_trainer(tmp_path, max_steps=2, num_iterations=2, **settings)
     before = weights(run)
     records = list(run.steps())
