@@ -1,4 +1,4 @@
-"""The command line: `grpo-lab train`, `plan`, `plot` and `doctor`, and what they print.
+"""The command line: `grpo-lab train`, `pretrain`, `plan`, `plot` and `doctor`, and what they print.
 
 Every setting of GRPOConfig is a flag, and its docstring the flag's help. Imports of PyTorch wait until
 they are needed, so that `--help` answers at once.
@@ -153,6 +153,23 @@ def make_parser() -> argparse.ArgumentParser:
                      "without it, this machine, with what is free now")  # fmt: skip
     run.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the longest prompt (default: 128)")
     _add_settings(planned.add_argument_group("settings", "as in train"))
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="make a small model from nothing, to be trained",
+        description="Pre-train a character model on generated Countdown text, without any download. It can play and "
+        "seldom does: grpo-lab train --preset countdown4 --model-name FOLDER brings it out.",
+    )
+    pretrain.set_defaults(command=pretrain_command)
+    pretrain.add_argument("--output-dir", required=True, metavar="FOLDER", help="for the model and its card.json")
+    pretrain.add_argument("--size", default="small", help="small (a minute on a CPU core), medium or large (for a GPU)")
+    length = pretrain.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="steps of reading (default: those of the size)")
+    length.add_argument("--seconds", type=float, help="read for so long instead")
+    pretrain.add_argument("--seed", type=int, default=0, help="of weights and text (default: 0)")
+    pretrain.add_argument("--device", default="auto", help="auto, cuda, cpu or mps (default: auto)")
+    pretrain.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    pretrain.add_argument("--overwrite-output-dir", action="store_true", help="replace what an earlier pretrain wrote")
+    pretrain.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     plot = commands.add_parser(
         "plot",
@@ -296,6 +313,26 @@ def _refuse_empty(options: argparse.Namespace) -> None:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty. Is a variable of the shell not set?")
 
 
+def pretrain_command(options: argparse.Namespace) -> int:
+    """Make a model, write it, and say what it can do."""
+    _refuse_empty(options)
+    folder = Path(options.output_dir)
+    if folder.exists() and any(folder.iterdir()) and not options.overwrite_output_dir:
+        raise ValueError(f"{folder} is not empty. Replace what it holds: --overwrite-output-dir. Or name another.")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_command
+    from grpo_lab.pretraining import pretrain, save
+
+    settings = ("size", "steps", "seconds", "seed", "device", "precision")
+    model, tokenizer, card = pretrain(**{name: getattr(options, name) for name in settings})
+    save(folder, model, tokenizer, card)
+    print(f"{card['task']}, right on problems kept for evaluation (sampled, greedily, at least one of 8):")
+    for authors, shares in card["held_out"].items():
+        print(f"  after {authors}: {', '.join(f'{share:.1%}' for share in shares.values())}")
+    print(f"Written to {folder} after {card['seconds']:.0f} seconds. Go on:")
+    print(f"  grpo-lab train --preset countdown4 --model-name {folder}")
+    return 0
+
+
 def plot_command(options: argparse.Namespace) -> int:
     """Draw the runs, and say in words what was drawn."""
     _refuse_empty(options)
@@ -402,6 +439,11 @@ def make_trainer(options: argparse.Namespace, config: GRPOConfig):
 def model_name(options: argparse.Namespace) -> str:
     """The model to start from."""
     task = choose_task(options)
+    if not options.model_name and task and task.model_name is None:
+        raise ValueError(
+            f"the task {task.preset} wants a model that has read about it: grpo-lab pretrain --output-dir FOLDER, "
+            "and then --model-name FOLDER."
+        )
     return options.model_name or (task.model_name if task else "pocket")
 
 

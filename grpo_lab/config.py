@@ -383,4 +383,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4, "gradient_accumulation_steps": 8, "kl_coef": 0.001, "reward_weights": (1.0, 0.2),
         "logging_steps": 1, "eval_steps": 50, "save_steps": 50, "save_total_limit": 2,
     },
+    # Countdown with four numbers, on a model that `grpo-lab pretrain` made: large groups, no reference model
+    "countdown4": {
+        "num_generations_per_prompt": 32, "max_new_tokens": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "learning_rate": 6e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 150, "warmup_steps": 5,
+        "kl_coef": 0.0, "save_steps": 150,
+    },
 }  # fmt: skip

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, permutations
@@ -276,26 +276,49 @@ EXAMPLE_PROMPTS = (
 """What the command line trains on if it is given a model and no dataset."""
 
 
-# --- Countdown: three numbers from 2 to 9 and a target from 0 to 99; prompt "3,5,7:22=", answer "5*3+7" -----
+# --- Countdown: three or four numbers from 2 to 9 and a target from 0 to 99; prompt "3,5,7:22=", answer "5*3+7" --
 
 HELD_OUT_PERCENT = 17
 
+# The operators of the tidy forms, and when the numbers between them stand in the one order that is written: what
+# commutes is written once, the larger number first.
+FORMS: dict[int, dict[str, Callable[..., bool]]] = {
+    3: {
+        "*+": lambda a, b, c: a >= b,
+        "+-": lambda a, b, c: a >= b,
+        "++": lambda a, b, c: a >= b >= c,
+        "**": lambda a, b, c: a >= b >= c,
+    },
+    4: {
+        "+++": lambda a, b, c, d: a >= b >= c >= d,
+        "++-": lambda a, b, c, d: a >= b >= c,
+        "*++": lambda a, b, c, d: a >= b and c >= d,
+        "*+-": lambda a, b, c, d: a >= b,
+        "*+*": lambda a, b, c, d: a >= b and c >= d and (a, b) >= (c, d),
+        "*-*": lambda a, b, c, d: a >= b and c >= d,
+    },
+}
 
-def countdown_dataset(size: int, *, split: str = "train", seed: int = 0) -> SimplePromptDataset:
+
+def countdown_dataset(size: int, *, numbers: int = 3, split: str = "train", seed: int = 0) -> SimplePromptDataset:
     """Solvable Countdown prompts, all different; reward them with `grpo_lab.rewards.countdown`.
 
     Whether a problem (target, and numbers in any order) belongs to "train" or "held-out" depends on
     nothing but the problem, so no held-out problem ever occurs in training, under any seed.
 
+    Args:
+        numbers: how many numbers a problem has, 3 or 4.
     Raises: ValueError if the split has fewer than `size` prompts.
 
     >>> countdown_dataset(2, seed=1)[0]
     {'prompt': '4,8,4:36='}
+    >>> countdown_dataset(2, numbers=4)[0]
+    {'prompt': '3,7,3,4:20='}
     """
     prompts = [
         countdown_prompt(order, target)
-        for numbers, target in countdown_problems(split)
-        for order in sorted(set(permutations(numbers)))
+        for chosen, target in countdown_problems(split, numbers)
+        for order in sorted(set(permutations(chosen)))
     ]
     if size > len(prompts):
         raise ValueError(
@@ -314,7 +337,7 @@ def countdown_prompt(numbers: Sequence[int], target: int) -> str:
 
 
 @cache
-def countdown_problems(split: str) -> list[tuple[tuple[int, ...], int]]:
+def countdown_problems(split: str, numbers: int = 3) -> list[tuple[tuple[int, ...], int]]:
     """All problems of "train" or "held-out": numbers in ascending order, and a target that can be hit."""
     if split not in ("train", "held-out"):
         raise ValueError(f'split must be "train" or "held-out", got {split!r}.')
@@ -323,33 +346,53 @@ def countdown_problems(split: str) -> list[tuple[tuple[int, ...], int]]:
         return zlib.crc32(countdown_prompt(numbers, target).encode()) % 100 < HELD_OUT_PERCENT
 
     return [
-        (numbers, target)
-        for numbers in combinations_with_replacement(range(2, 10), 3)
-        for target in sorted(countdown_expressions(numbers))
-        if 0 <= target <= 99 and held_out(numbers, target) == (split == "held-out")
+        (chosen, target)
+        for chosen in countdown_numbers(numbers)
+        for target in sorted(countdown_expressions(chosen))
+        if 0 <= target <= 99 and held_out(chosen, target) == (split == "held-out")
     ]
+
+
+def countdown_numbers(numbers: int) -> list[tuple[int, ...]]:
+    """All choices of so many numbers from 2 to 9, each in ascending order. Raises ValueError unless it is 3 or 4."""
+    if numbers not in FORMS:
+        raise ValueError(f"Countdown has {' or '.join(map(str, FORMS))} numbers here, got {numbers}.")
+    return list(combinations_with_replacement(range(2, 10), numbers))
 
 
 @cache
 def countdown_expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
-    """Value -> expressions of four tidy forms that use the three numbers once each: a+b+c, a+b-c, a*b+c, a*b*c.
+    """Value -> expressions of a few tidy forms that use the numbers once each.
 
-    Tidy: what commutes is written once, the larger number first. Few forms and no 1 (multiplying by 1
-    and adding 0 look alike) make a task that a model of half a million weights can master.
+    With three numbers a+b+c, a+b-c, a*b+c, a*b*c; with four a+b+c+d, a+b+c-d, a*b+c+d, a*b+c-d, a*b+c*d, a*b-c*d.
+    Few forms and no 1 (multiplying by 1 and adding 0 look alike) make a task that a small model can master.
 
     >>> countdown_expressions((3, 5, 7))
     {22: ['5*3+7'], 1: ['5+3-7'], 26: ['7*3+5'], 5: ['7+3-5'],
      38: ['7*5+3'], 9: ['7+5-3'], 15: ['7+5+3'], 105: ['7*5*3']}
     """
     found: dict[int, list[str]] = {}
-    for a, b, c in sorted(set(permutations(numbers))):
-        if a >= b:
-            found.setdefault(a * b + c, []).append(f"{a}*{b}+{c}")
-            found.setdefault(a + b - c, []).append(f"{a}+{b}-{c}")
-        if a >= b >= c:
-            found.setdefault(a + b + c, []).append(f"{a}+{b}+{c}")
-            found.setdefault(a * b * c, []).append(f"{a}*{b}*{c}")
+    for order in sorted(set(permutations(numbers))):
+        for operators, tidy in FORMS[len(numbers)].items():
+            if tidy(*order):
+                text = str(order[0]) + "".join(f"{o}{n}" for o, n in zip(operators, order[1:], strict=True))
+                found.setdefault(countdown_value(order, operators), []).append(text)
     return found
+
+
+def countdown_value(numbers: Sequence[int], operators: str) -> int:
+    """The value of numbers with the operators + - * between them.
+
+    >>> countdown_value([5, 3, 7], "*+")
+    22
+    """
+    total, term = 0, numbers[0]
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        if operator == "*":
+            term *= number
+        else:
+            total, term = total + term, number if operator == "+" else -number
+    return total + term
 
 
 # --- Order ---------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ class Task:
 
     source: str
     """One line: what it is, and where it comes from."""
-    model_name: str
-    """The model to start from: pocket, a Hub id or a folder."""
+    model_name: str | None
+    """The model to start from: pocket, a Hub id or a folder; None: one that `grpo-lab pretrain` made, to be named."""
     data: Callable[[int], tuple[Any, Any]]
     """seed -> the prompts to train on, and those kept for evaluation, in an order drawn by the seed."""
     rewards: tuple[RewardFunction, ...]
@@ -43,6 +43,13 @@ def pocket_countdown(seed: int = 0):
     from grpo_lab.data import countdown_dataset
 
     return countdown_dataset(pocket.NUM_PROMPTS, seed=seed), countdown_dataset(400, split="held-out", seed=seed)
+
+
+def countdown_with_four(seed: int = 0):
+    """Countdown with four numbers: 8192 prompts, and 400 whose problems occur in no training, nor in pre-training."""
+    from grpo_lab.data import countdown_dataset
+
+    return countdown_dataset(8192, numbers=4, seed=seed), countdown_dataset(400, numbers=4, split="held-out", seed=seed)
 
 
 MARK_THE_ANSWER = """\
@@ -87,6 +94,13 @@ TASKS: dict[str, Task] = {
         data=pocket_countdown,
         rewards=(countdown,),
         preset="pocket",
+    ),
+    "countdown4": Task(
+        source="Countdown, four numbers and a target; for a model that grpo-lab pretrain made",
+        model_name=None,
+        data=countdown_with_four,
+        rewards=(countdown,),
+        preset="countdown4",
     ),
     "gsm8k": Task(
         source="grade-school word problems: openai/gsm8k, Cobbe et al. (arXiv 2110.14168)",

@@ -1,5 +1,6 @@
 """Prompts: whatever form they come in, each is used once per epoch, in an order that can be saved."""
 
+import re
 import zlib
 from itertools import combinations_with_replacement, permutations, product
 
@@ -220,8 +221,15 @@ def test_a_derived_seed_is_its_own_for_each_seed_purpose_and_number():
 
 # --- Countdown ------------------------------------------------------------------------------------------
 
-ALL_NUMBERS = list(combinations_with_replacement(range(2, 10), 3))
-PROBLEMS = {split: set(countdown_problems(split)) for split in ("train", "held-out")}
+NUMBERS = pytest.mark.parametrize("numbers", [3, 4])
+FORMS = {
+    3: ("{}+{}+{}", "{}+{}-{}", "{}*{}+{}", "{}*{}*{}"),
+    4: ("{}+{}+{}+{}", "{}+{}+{}-{}", "{}*{}+{}+{}", "{}*{}+{}-{}", "{}*{}+{}*{}", "{}*{}-{}*{}"),
+}
+
+
+def all_numbers(numbers):
+    return list(combinations_with_replacement(range(2, 10), numbers))
 
 
 def problem(prompt):
@@ -229,36 +237,45 @@ def problem(prompt):
     return tuple(sorted(map(int, numbers.split(",")))), int(target)
 
 
-@pytest.mark.parametrize("numbers", ALL_NUMBERS[::5], ids=str)
+@pytest.mark.parametrize("numbers", all_numbers(3)[::5] + all_numbers(4)[::15], ids=str)
 def test_every_expression_has_its_value_and_uses_each_number_once(numbers):
     found = countdown_expressions(numbers)
     for value, expressions in found.items():
         assert all(evaluate_expression(text) == (value, list(numbers)) for text in expressions)
     texts = [text for expressions in found.values() for text in expressions]
-    for a, p, b, q, c in texts:  # tidy: what commutes is written once, the larger number first
-        assert a >= b
-        assert p != q or b >= c
+    for text in texts:  # tidy: what commutes is written once, the larger number first
+        signs, terms = ["+", *re.findall("[+-]", text)], [term.split("*") for term in re.split("[+-]", text)]
+        assert all(term == sorted(term, reverse=True) for term in terms)
+        added = [(len(term), term) for sign, term in zip(signs, terms, strict=True) if sign == "+"]
+        assert added == sorted(added, reverse=True)
     assert len(set(texts)) == len(texts)
-    forms = ("{}+{}+{}", "{}+{}-{}", "{}*{}+{}", "{}*{}*{}")
-    values = {evaluate_expression(form.format(*order))[0] for form in forms for order in permutations(numbers)}
-    assert found.keys() == values  # no value of the four forms is missed
+    orders = set(permutations(numbers))
+    values = {evaluate_expression(form.format(*order))[0] for form in FORMS[len(numbers)] for order in orders}
+    assert found.keys() == values  # no value of the forms is missed
+    shapes = {re.sub(r"\d", "{}", text) for text in texts}
+    assert shapes == set(FORMS[len(numbers)])
 
 
-def test_every_prompt_can_be_solved():
-    for split in PROBLEMS:
-        for prompt in countdown_dataset(200, split=split).columns["prompt"]:
-            numbers, target = problem(prompt)
+@NUMBERS
+def test_every_prompt_can_be_solved(numbers):
+    for split in ("train", "held-out"):
+        for prompt in countdown_dataset(200, numbers=numbers, split=split).columns["prompt"]:
+            chosen, target = problem(prompt)
+            assert len(chosen) == numbers
             assert 0 <= target <= 99
-            assert solves(prompt, countdown_expressions(numbers)[target][0])
+            assert solves(prompt, countdown_expressions(chosen)[target][0])
 
 
-def test_held_out_problems_never_occur_in_training():
-    everything = {(n, target) for n in ALL_NUMBERS for target in countdown_expressions(n) if 0 <= target <= 99}
-    assert PROBLEMS["train"] | PROBLEMS["held-out"] == everything
-    assert not PROBLEMS["train"] & PROBLEMS["held-out"]
-    assert 0.12 < len(PROBLEMS["held-out"]) / len(everything) < 0.22
-    for split, seed in product(PROBLEMS, range(3)):
-        assert {problem(p) for p in countdown_dataset(300, split=split, seed=seed).columns["prompt"]} <= PROBLEMS[split]
+@NUMBERS
+def test_held_out_problems_never_occur_in_training(numbers):
+    problems = {split: set(countdown_problems(split, numbers)) for split in ("train", "held-out")}
+    everything = {(n, t) for n in all_numbers(numbers) for t in countdown_expressions(n) if 0 <= t <= 99}
+    assert problems["train"] | problems["held-out"] == everything
+    assert not problems["train"] & problems["held-out"]
+    assert 0.12 < len(problems["held-out"]) / len(everything) < 0.22
+    for split, seed in product(problems, range(3)):
+        prompts = countdown_dataset(300, numbers=numbers, split=split, seed=seed).columns["prompt"]
+        assert {problem(p) for p in prompts} <= problems[split]
 
 
 def test_countdown_prompts_are_all_different_and_drawn_by_the_seed():
@@ -275,6 +292,8 @@ def test_countdown_says_what_it_does_not_have():
         countdown_dataset(1, split="test")
     with pytest.raises(ValueError, match=r"only \d+ Countdown prompts in the split 'held-out', 100000 were asked for"):
         countdown_dataset(100_000, split="held-out")
+    with pytest.raises(ValueError, match="Countdown has 3 or 4 numbers here, got 5"):
+        countdown_dataset(1, numbers=5)
 
 
 def test_a_chat_template_that_knows_no_system_prompt_is_said(tokenizer):

@@ -28,7 +28,7 @@ FLOORS = [
         "rehearsal",
     },  # prompts and models
     {"config", "devices", "checkpoints", "reporting", "vllm"},  # settings, and what is written
-    {"endings", "trainer", "interop", "comparison"},  # the run here, the same elsewhere, and several beside each other
+    {"endings", "trainer", "interop", "comparison", "pretraining"},  # the run here and elsewhere, and what comes before
     {"pocket", "judge"},
     {"checks", "planning"},
     {"widgets", "lessons", "doctor", "tasks"},

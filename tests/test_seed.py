@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, cli
 from grpo_lab.config import PRESETS
+from grpo_lab.tasks import TASKS
 
 QUICK_START = """
 from grpo_lab import GRPOTrainer, GRPOConfig, SimplePromptDataset
@@ -275,6 +276,7 @@ def test_no_value_network_is_made(here, tiny):
     assert trained == {id(p) for p in tiny[0].parameters()}
 
 
-def test_presets_are_the_papers_and_the_pocket_models():
-    assert set(PRESETS) == {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce", "pocket", "gsm8k"}
+def test_presets_are_the_papers_and_the_tasks():
+    papers = {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce"}
+    assert set(PRESETS) == papers | set(TASKS) == papers | {"pocket", "gsm8k", "countdown4"}
     assert GRPOConfig.preset("grpo") == GRPOConfig()
