@@ -466,7 +466,7 @@ def _one_token(says: Growing | Captured, ids: Tensor, config: GRPOConfig) -> Non
 def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
     """The peak, with what the cache holds told apart from what is computed with."""
     layers = getattr(says.cache, "layers", ())
-    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
+    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1)
     held = min(held, stage.peak["activations"])
     return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
 
