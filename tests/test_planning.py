@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from grpo_lab import GRPOConfig, cli, planning
 from grpo_lab.adapters import add_lora
-from grpo_lab.devices import enable_checkpointing
+from grpo_lab.devices import disable_dropout, enable_checkpointing
 from grpo_lab.planning import MACHINES, SHAPES, nearest, plan, what_fits, without_weights
 from grpo_lab.rehearsal import Rehearsal, emptied, size_of
 from grpo_lab.scoring import completion_scores
@@ -91,6 +91,7 @@ def counted(model, config, precision) -> Rehearsal:
     shape = planning._Shape.of(config, model, precision, PROMPT)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    disable_dropout(model)
     inputs, how = shape.micro_batch()
     stage = Rehearsal(pretend=False)
     stage.watch(model)
@@ -181,9 +182,13 @@ def test_this_machine_is_measured_and_counts_what_python_has_taken():
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
-def test_a_faster_machine_needs_less_time():
-    slow, fast = (planned(machine=name).seconds["update"] for name in ("T4", "H100"))
-    assert fast <= slow
+def test_a_plan_moves_to_a_machine_of_its_kind_without_another_rehearsal():
+    slow = planned(machine="T4")
+    fast = slow.on("H100")
+    assert (fast.precision, fast.machine.name, fast.peak) == ("bf16", "H100", slow.peak)
+    assert fast.seconds["update"] <= slow.seconds["update"]
+    with pytest.raises(ValueError, match="laptop would compute otherwise than T4: plan for it anew"):
+        slow.on("laptop")
 
 
 @pytest.mark.parametrize(
