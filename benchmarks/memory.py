@@ -156,29 +156,85 @@ def line(name: str, row: dict) -> str:
     off = "  <-- off by more than 15 %" if abs(ratio - 1) > ALLOWED else ""
     return (
         f"{name:24}{row['planned_gib']:9.3f}{row['measured_gib']:10.3f}{ratio:7.2f}  {row['highest_in']:10}"
-        f"{row['planned_seconds']:9.2f}{row['measured_seconds']:10.2f}{row['planning_seconds']:10.2f}{off}"
+        f"{row['planned_seconds']:9.2f}{row['measured_seconds']:10.2f}{row['planning_seconds']:9.2f}{off}"
     )
+
+
+# for README: what is trained, and with which settings; the same step, 8 prompts x 8 completions, in each row
+STEP = {"num_generations_per_prompt": 8, "max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+WAYS = {
+    "all weights, 2 prompts at a time": {"batch_size": 2, "gradient_accumulation_steps": 4},
+    "all weights, 1 at a time, checkpointing": {
+        "batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True},
+    "LoRA 16, 1 at a time, checkpointing": {
+        "batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True, "lora_rank": 16},
+}  # fmt: skip
+MODELS = {"0.5B": list(WAYS), "1.5B": list(WAYS), "7B": list(WAYS)[-1:]}
+
+
+def table() -> str:
+    """Planned, as Markdown: seconds per step where it fits."""
+    from grpo_lab import GRPOConfig, plan
+    from grpo_lab.planning import MACHINES, without_weights
+
+    gpus = [name for name, machine in MACHINES.items() if machine.device == "cuda"]
+    heads = ["model", "trained", "needs on a GPU, GiB", *MACHINES]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+    def cell(found) -> str:
+        seconds = sum(found.seconds.values())
+        return (f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min") if found.fits else "–"
+
+    for size, ways in MODELS.items():
+        name = f"Qwen/Qwen2.5-{size}-Instruct"
+        for way in ways:
+            config, model = GRPOConfig(**STEP, **WAYS[way]), without_weights(name)
+            on_gpu = plan(config, model, machine=gpus[0], name=name)
+            on_cpu = plan(config, model, machine="laptop", name=name)
+            cells = [cell(on_gpu.on(name)) if name in gpus else cell(on_cpu.on(name)) for name in MACHINES]
+            lines.append(f"| Qwen2.5-{size} | {way} | {on_gpu.peak / GIB:.1f} | {' | '.join(cells)} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
 
 
 def main() -> int:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(RUNS)}")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return 0
-    print(
-        f"{'':24}{'planned':>9}{'measured':>10}{'ratio':>7}  {'highest in':10}{'planned':>9}{'measured':>10}{'to plan':>10}"
-    )
-    print(f"{'':24}{'GiB':>9}{'GiB':>10}{'':19}{'s/step':>9}{'s/step':>10}{'s':>10}")
+    if arguments.table:
+        print(table())
+        return 0
+
+    import torch
+    import transformers
+
+    from grpo_lab.pocket.make import processor
+
+    heads = f"{'planned':>9}{'measured':>10}"
+    print(f"{'':24}{heads}{'ratio':>7}  {'highest in':10}{heads}{'to plan':>9}")
+    print(f"{'':24}{'GiB':>9}{'GiB':>10}{'':19}{'s/step':>9}{'s/step':>10}{'s':>9}")
     results = {}
     for name in arguments.names or RUNS:
         results[name] = in_a_process(name)
         print(line(name, results[name]), flush=True)
-    return 0
+    off = [name for name, row in results.items() if abs(row["planned_gib"] / row["measured_gib"] - 1) > ALLOWED]
+    print(f"OFF BY MORE THAN 15 %: {', '.join(off)}" if off else f"All {len(results)} within 15 %.")
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}  # fmt: skip
+    about = {"date": time.strftime("%Y-%m-%d"), "device": f"cpu, {processor()}", "versions": versions}
+    rounded = {
+        name: {key: value if isinstance(value, str) else round(value, 4) for key, value in row.items()}
+        for name, row in results.items()
+    }
+    arguments.output.write_text(json.dumps(about | {"results": rounded}, indent=1) + "\n")
+    return 1 if off else 0
 
 
 if __name__ == "__main__":

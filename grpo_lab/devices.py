@@ -149,8 +149,9 @@ def return_freed_memory() -> None:
     """Have glibc give blocks of a megabyte or more back to the system as soon as they are freed; for good.
 
     By itself it keeps blocks of up to 32 MB, and where layers are computed anew what it keeps falls into pieces:
-    checkpointing would save nothing. It costs time, since fresh memory has to be filled with zeros (25 M weights,
-    4 prompts x 16 completions of 24 tokens: 1.10 instead of 1.84 GiB at the highest, a third more processor time).
+    checkpointing would save nothing. It costs time, since fresh memory has to be filled with zeros. Measured on
+    models of 25 and 135 M weights: 1.10 GiB instead of 1.84 at the highest, and 3.03 instead of 4.53; a third and
+    6 % more processor time.
     """
     with suppress(OSError, AttributeError, TypeError):  # no glibc: another allocator, which may do so anyway
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)

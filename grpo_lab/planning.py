@@ -13,8 +13,8 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -123,10 +123,28 @@ class Plan:
     machine: Machine
     precision: str
     prompt_tokens: int
-    phases: dict[str, dict[str, int]]
-    """Phase of a step -> part -> bytes at the phase's highest point."""
-    seconds: dict[str, float]
-    """Phase of a step -> how long it takes at most, all its micro-batches together."""
+    rehearsed: tuple["Phase", ...]
+
+    @cached_property
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Phase of a step -> part -> bytes at the phase's highest point."""
+        return {phase.name: phase.on(self.machine) for phase in self.rehearsed}
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Phase of a step -> how long it takes at most, all its micro-batches together."""
+        return {phase.name: phase.seconds(self.machine, self.precision) for phase in self.rehearsed}
+
+    def on(self, machine: str | Machine) -> "Plan":
+        """The same on another machine, without rehearsing it again.
+
+        Raises: ValueError if that one would compute otherwise: on another kind of device, or in another precision.
+        """
+        machine = machine if isinstance(machine, Machine) else named_machine(machine)
+        precision = _precision(self.config, machine)
+        if (machine.device, precision == "fp32") != (self.machine.device, self.precision == "fp32"):
+            raise ValueError(f"{machine.name} would compute otherwise than {self.machine.name}: plan for it anew.")
+        return replace(self, machine=machine, precision=precision)
 
     @property
     def highest(self) -> str:
@@ -208,8 +226,7 @@ def plan(
     phases = _rehearse(_Shape.of(config, model, precision, prompt_tokens), model, judges, captures=device == "cuda")
     machine = machine or this_machine(config)  # last: what the rehearsal leaves behind is taken, too
     name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
-    seconds = {phase.name: phase.seconds(machine, precision) for phase in phases}
-    return Plan(name, config, machine, precision, prompt_tokens, {p.name: p.on(machine) for p in phases}, seconds)
+    return Plan(name, config, machine, precision, prompt_tokens, tuple(phases))
 
 
 def named_machine(name: str) -> Machine:
@@ -317,7 +334,7 @@ class _Shape:
         return autocast(torch.device("cpu"), self.precision)
 
 
-class _Phase(NamedTuple):
+class Phase(NamedTuple):
     """Of a step: sampling, scoring, update."""
 
     name: str
@@ -332,10 +349,11 @@ class _Phase(NamedTuple):
         return self.parts | {"everything else": int(machine.taken + machine.reserve * moving)}
 
     def seconds(self, machine: Machine, precision: str) -> float:
+        """How long all of it takes."""
         return sum(times * machine.seconds(work, precision) for times, work in self.work)
 
 
-def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captures: bool) -> list[_Phase]:
+def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captures: bool) -> list[Phase]:
     """The phases of a step; captures: sampling replays a captured step, as on CUDA."""
     config, accumulation = shape.config, shape.config.gradient_accumulation_steps
     policy, reference, standing = _standing(shape, model, judges)
@@ -344,7 +362,7 @@ def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captu
     def add(name: str, stays: dict[str, int], peaks: list[dict[str, int]], work: list[tuple[float, list[Work]]]):
         parts = dict.fromkeys(PARTS, 0) | standing | stays
         highest = max(peaks, key=lambda peak: sum(peak.values()), default={})
-        phases.append(_Phase(name, parts | {part: parts[part] + size for part, size in highest.items()}, work))
+        phases.append(Phase(name, parts | {part: parts[part] + size for part, size in highest.items()}, work))
 
     asked, stage = _stage(policy)
     with stage:  # once where its head begins, and not with each of the copies
@@ -466,7 +484,7 @@ def _one_token(says: Growing | Captured, ids: Tensor, config: GRPOConfig) -> Non
 def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
     """The peak, with what the cache holds told apart from what is computed with."""
     layers = getattr(says.cache, "layers", ())
-    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
+    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1)
     held = min(held, stage.peak["activations"])
     return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
 

@@ -38,11 +38,13 @@ class Work(NamedTuple):
 class Rehearsal(TorchDispatchMode):
     """Within it, what is made of fake tensors is fake, and the bytes of all that is made are counted while they live.
 
-    On real tensors it counts what is really made.
+    Args:
+        pretend: False makes nothing fake, and counts what a run on real tensors makes.
     """
 
-    def __init__(self):
+    def __init__(self, *, pretend: bool = True):
         super().__init__()
+        self.pretend = pretend
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.work: list[Work] = []
         self.backward = False
@@ -76,7 +78,7 @@ class Rehearsal(TorchDispatchMode):
         # Ids, masks and what was kept have at most three dimensions. With four begin the masks of attention and caches
         # of fixed size: what is in them is never asked, and they are large.
         large = not tensors and bool(args) and isinstance(args[0], list | tuple) and len(args[0]) > 3
-        if large or any(isinstance(t, FakeTensor) or t.dim() > 3 for t in tensors):
+        if self.pretend and (large or any(isinstance(t, FakeTensor) or t.dim() > 3 for t in tensors)):
             result = self._without_contents(func, args, kwargs)
         else:
             result = func(*args, **kwargs)

@@ -400,7 +400,7 @@ def test_plot_says_when_a_run_has_nothing_that_is_drawn_by_default(plot):
     assert "none of reward, kl, entropy, completions/mean_length is in these runs. --metrics takes loss." in complaint
 
 
-@pytest.mark.parametrize("command", ["plot", "doctor"])
+@pytest.mark.parametrize("command", ["plan", "plot", "doctor"])
 def test_the_other_commands_explain_themselves_and_show_a_traceback_if_asked(command, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
