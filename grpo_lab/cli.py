@@ -319,6 +319,7 @@ def pretrain_command(options: argparse.Namespace) -> int:
     folder = Path(options.output_dir)
     if folder.exists() and any(folder.iterdir()) and not options.overwrite_output_dir:
         raise ValueError(f"{folder} is not empty. Replace what it holds: --overwrite-output-dir. Or name another.")
+    folder.mkdir(parents=True, exist_ok=True)  # where it cannot be, that is said now and not after minutes of reading
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train_command
     from grpo_lab.pretraining import pretrain, save
 

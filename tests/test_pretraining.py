@@ -318,7 +318,14 @@ def test_bad_flags_get_one_sentence(tmp_path, capsys, arguments, message):
     assert error.startswith("grpo-lab: ")
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_cannot_be_is_named_before_anything_slow(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretraining, "pretrain", None)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/model"):
+        assert cli.main(["pretrain", "--output-dir", str(folder)]) == 2
+        assert "Not a directory: " in capsys.readouterr().err
 
 
 def test_what_stands_in_the_folder_is_replaced_only_if_that_is_asked_for(tiny_size, tmp_path, capsys):
