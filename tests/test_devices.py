@@ -334,7 +334,7 @@ import psutil, torch
 from grpo_lab.devices import return_freed_memory
 
 def kept():  # MiB that are still held after 60 of 61 blocks of 4 MiB are freed
-    torch.ones(2**23)  # a free block of 32 MiB teaches glibc to keep smaller ones
+    torch.ones(2**22)  # a block of 16 MiB that is freed teaches glibc to keep smaller ones
     before = psutil.Process().memory_info().rss
     blocks = [torch.ones(2**20) for _ in range(61)]
     del blocks[:-1]
