@@ -15,6 +15,7 @@ Prints a table; writes benchmarks/results/memory.json (or --output). Exit status
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
