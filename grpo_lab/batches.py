@@ -112,6 +112,8 @@ class Batch:
 
         With another number of processes the groups are shared out anew.
         """
+        if not isinstance(saved, list):
+            raise TypeError("the batch is none")
         if not saved:
             return None
 

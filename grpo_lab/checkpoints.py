@@ -10,10 +10,11 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,18 +222,33 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
 
     Raises: ValueError that says how to go on.
     """
-    try:
+    with suppress(OSError):  # said in words by the next line
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {output_dir} ({error.strerror}). Name another folder: --output-dir."
-        ) from None
+    refuse_unwritable(output_dir)
     if not overwrite:
         refuse_results(output_dir)
     for path in _results(output_dir):
         shutil.rmtree(_hide(path)) if path.is_dir() else path.unlink()
+
+
+def refuse_unwritable(output_dir: Path) -> None:
+    """Raises ValueError, with the cure, if the folder, or the one it would be made in, cannot be written to."""
+    if refused := cannot_write(output_dir):
+        raise ValueError(f"cannot write to {output_dir} ({refused}). Name another folder: --output-dir.")
+
+
+def cannot_write(folder: Path) -> str | None:
+    """Why a file cannot be made in this folder, which may not be there yet; None if one can."""
+    try:
+        tempfile.TemporaryFile(dir=folder_above(folder)).close()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def folder_above(folder: Path) -> Path:
+    """The folder itself, or the one above it in which it would be made."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
 
 
 def fingerprint(rows: Iterable[Any]) -> str:

@@ -286,10 +286,11 @@ def train_command(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from grpo_lab.checkpoints import refuse_results
+    from grpo_lab.checkpoints import refuse_results, refuse_unwritable
     from grpo_lab.devices import resolve_device, resolve_precision, threads_for
 
     resolve_precision(config.precision, resolve_device(config.device))  # this, too, before minutes of loading
+    refuse_unwritable(Path(config.output_dir))
     if not options.resume and not config.overwrite_output_dir:
         refuse_results(Path(config.output_dir))
     trainer = make_trainer(options, config)

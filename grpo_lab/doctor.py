@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -144,10 +143,12 @@ def threads() -> Iterator[Row]:
 
 def disk(output_dir: Path) -> Iterator[Row]:
     """Can the output folder be written, and is there room?"""
-    if refused := _refused(output_dir):
+    from grpo_lab.checkpoints import cannot_write, folder_above
+
+    if refused := cannot_write(output_dir):
         yield Row("disk", f"cannot write to {output_dir} ({refused})", "--output-dir FOLDER names another.", True)
         return
-    free = shutil.disk_usage(_there(output_dir)).free
+    free = shutil.disk_usage(folder_above(output_dir)).free
     cure = "Make room, or --output-dir on another disk: a checkpoint takes 12 bytes per weight, or a little more."
     yield Row("disk", f"{free / GB:.1f} GB free for {output_dir}", cure if free < 5 * GB else "", free < 0.1 * GB)
 
@@ -156,7 +157,9 @@ def cache() -> Iterator[Row]:
     """Can models of the Hub be kept?"""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    refused = _refused(Path(HF_HUB_CACHE))
+    from grpo_lab.checkpoints import cannot_write
+
+    refused = cannot_write(Path(HF_HUB_CACHE))
     words = f"cannot write to {HF_HUB_CACHE} ({refused})" if refused else f"models of the Hub go to {HF_HUB_CACHE}"
     yield Row("cache", words, "For models of the Hub, HF_HOME=FOLDER names another." if refused else "")
 
@@ -256,19 +259,6 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _there(folder: Path) -> Path:
-    # the folder, or the one above it in which it would be made
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
-
-
-def _refused(folder: Path) -> str | None:
-    try:
-        tempfile.TemporaryFile(dir=_there(folder)).close()
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def _said(error: Exception) -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -518,32 +518,28 @@ class GRPOTrainer:
         """
         from tqdm.auto import tqdm  # the notebook's bar in a notebook
 
-        try:
-            with (
-                memory_explained(self.device, self.precision, self.config),
-                tqdm(
-                    total=self.total_steps, unit="step", dynamic_ncols=True, disable=not self.processes.is_first
-                ) as bar,
-                interrupt_between_steps() as interrupted,
-            ):
-                for record in self.steps(resume):
-                    if bar.n == 0:
-                        bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
-                    bar.update(record.step - bar.n)
-                    bar.set_postfix_str(_few_words(record.metrics))
-                    if self.processes.is_first and bar.initial == record.step - 1 > 0:
-                        bar.write(f"Resumed after step {bar.initial}.")
-                    if self.processes.is_first and record.step == 1:
-                        bar.write(self._first_words())
-                    if self.processes.is_first and "eval/pass@1" in record.metrics:
-                        lines = evaluation_lines(record.metrics, self.config.num_generations_per_prompt)
-                        bar.write("\n  ".join([f"After step {record.step}, on prompts kept for evaluation", *lines]))
-                    if self.processes.total(len(interrupted)) and record.step < self.total_steps:
-                        self.save(self.output_dir / f"checkpoint-{record.step}")
-                        raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
-        except Exception as error:
-            self._save_what_there_is(error)
-            raise
+        quiet = {"dynamic_ncols": True, "disable": not self.processes.is_first}
+        with (
+            interrupt_between_steps() as interrupted,
+            self._kept_after_a_fault(),
+            memory_explained(self.device, self.precision, self.config),
+            tqdm(total=self.total_steps, unit="step", **quiet) as bar,
+        ):
+            for record in self.steps(resume):
+                if bar.n == 0:
+                    bar.initial = record.step - 1  # a resumed run must not count old steps as fast ones
+                bar.update(record.step - bar.n)
+                bar.set_postfix_str(_few_words(record.metrics))
+                if self.processes.is_first and bar.initial == record.step - 1 > 0:
+                    bar.write(f"Resumed after step {bar.initial}.")
+                if self.processes.is_first and record.step == 1:
+                    bar.write(self._first_words())
+                if self.processes.is_first and "eval/pass@1" in record.metrics:
+                    lines = evaluation_lines(record.metrics, self.config.num_generations_per_prompt)
+                    bar.write("\n  ".join([f"After step {record.step}, on prompts kept for evaluation", *lines]))
+                if self.processes.total(len(interrupted)) and record.step < self.total_steps:
+                    self.save(self.output_dir / f"checkpoint-{record.step}")
+                    raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
         history = self.metrics_file.read()
         if self.processes.is_first:
             self._draw(history)
@@ -558,16 +554,21 @@ class GRPOTrainer:
         sums_to_zero = self.config.baseline != "none" and self.config.surrogate == "clip"
         return f"{words}.\n{WHY_ZERO}" if sums_to_zero else f"{words}."
 
-    def _save_what_there_is(self, error: Exception) -> None:
+    @contextmanager
+    def _kept_after_a_fault(self) -> Iterator[None]:
         """After a fault the state is that of the last whole step: keep it, unless it has been saved."""
-        folder = self.output_dir / f"checkpoint-{self.step}"
-        # of several processes others may be gone: only what this one has alone can be saved
-        alone = self.processes.count == 1 or (self.processes.is_first and self.batch is None and not self.config.fsdp)
-        if self.step and alone and not folder.exists():
-            with suppress(Exception):  # the fault itself is what matters
-                checkpoints.save(folder, self.policy, self.tokenizer, self._state())
-        if self.step and checkpoints.all_checkpoints(self.output_dir):
-            error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
+        try:
+            yield
+        except Exception as error:
+            folder = self.output_dir / f"checkpoint-{self.step}"
+            # of several processes others may be gone: only what this one has alone can be saved
+            alone = self.processes.count == 1 or (self.processes.is_first and not (self.batch or self.config.fsdp))
+            if self.step and alone and not folder.exists():
+                with suppress(Exception):  # the fault itself is what matters
+                    checkpoints.save(folder, self.policy, self.tokenizer, self._state())
+            if self.step and checkpoints.all_checkpoints(self.output_dir):
+                error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
+            raise
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
         try:

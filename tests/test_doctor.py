@@ -279,7 +279,7 @@ def no_permission(monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))  # root may write everywhere, so it is not tried
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
 
 
 def test_no_permission_is_a_problem_for_the_output_and_a_note_for_the_cache(no_permission, tmp_path):
