@@ -25,12 +25,13 @@ lint: .venv/test
 mutants: .venv/test .venv/mutants
 	PYTHONPATH=$(CURDIR)/.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/tool.py
 
-# our steps beside TRL's, half an hour: benchmarks/results/speed-*.json and a picture each
+# our steps beside TRL's, and planned memory beside measured, three quarters of an hour: benchmarks/results/
 bench: .venv/test
 	$(BIN)/python benchmarks/speed.py pocket --rounds 7
 	$(BIN)/python benchmarks/speed.py pocket --switches --rounds 5
 	$(BIN)/python benchmarks/speed.py 25M 135M --rounds 3
 	$(BIN)/python benchmarks/speed.py growth --rounds 1
+	$(BIN)/python benchmarks/memory.py
 
 # the learner's notebooks from notebooks/solutions/, all run anew
 notebooks: .venv/test

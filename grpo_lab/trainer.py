@@ -135,7 +135,8 @@ class GRPOTrainer:
 
         model = self._prepare_models(model, ref_model)
         self.policy, self._scores = self.model, completion_scores  # what samples, and how the update scores
-        if config.fsdp:
+        self._sharded = config.fsdp and self.processes.count > 1  # one process has nobody to share with
+        if self._sharded:
             self.policy, self._scores = shard(model, completion_scores, self.processes, self.device)
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
@@ -224,7 +225,7 @@ class GRPOTrainer:
         advantages = self._advantages(rewards)
         rollouts = Rollouts.join(sampled, self.pad_id)
         longest = rollouts.input_ids.shape[1] - rollouts.num_tokens + config.max_new_tokens
-        idle = (advantages.view(-1, K) == 0).all(1) & (config.kl_coef == 0 and not config.fsdp)
+        idle = (advantages.view(-1, K) == 0).all(1) & (config.kl_coef == 0 and not self._sharded)
         parts = cut(rollouts, K, config.batch_size * K * longest, idle)
         for part in parts:
             part.ref_logprobs = self.reference_logprobs(part.rollouts)
@@ -276,7 +277,7 @@ class GRPOTrainer:
         sums = UpdateSums()
         self.optimizer.zero_grad()  # whatever an interrupted step or an earlier cell left there
         self.model.train()
-        for part, factor in as_many(batch.parts, self.processes) if config.fsdp else [(p, 1.0) for p in batch.parts]:
+        for part, factor in as_many(batch.parts, self.processes) if self._sharded else [(p, 1.0) for p in batch.parts]:
             mask = part.rollouts.completion_mask
             with self._autocast(), torch.set_grad_enabled(not part.idle):
                 scores = self._score_under(self.model, part.rollouts, self._scores)
@@ -341,7 +342,7 @@ class GRPOTrainer:
         still_scaling = scaler is not None and scaler.get_scale() > 1
         if math.isfinite(norm) or scaler is not None:  # a scaler skips by itself, and must see it
             self.optimizer.step()
-            if self.policy is not self.model:
+            if self._sharded:
                 gather_weights(self.model, self.policy)
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -562,7 +563,7 @@ class GRPOTrainer:
         except Exception as error:
             folder = self.output_dir / f"checkpoint-{self.step}"
             # of several processes others may be gone: only what this one has alone can be saved
-            alone = self.processes.count == 1 or (self.processes.is_first and not (self.batch or self.config.fsdp))
+            alone = self.processes.count == 1 or (self.processes.is_first and not (self.batch or self._sharded))
             if self.step and alone and not folder.exists():
                 with suppress(Exception):  # the fault itself is what matters
                     checkpoints.save(folder, self.policy, self.tokenizer, self._state())
@@ -681,7 +682,7 @@ class GRPOTrainer:
             raise TypeError("a count is no count, or a row of metrics no row")
         checkpoints.load_weights(self.policy, path)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.policy is not self.model:
+        if self._sharded:
             scatter_weights(self.policy, self.model)
             scatter_state(self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])

@@ -151,6 +151,12 @@ def test_more_processes_than_prompts_in_a_step_are_refused(tmp_path, monkeypatch
         run(str(tmp_path), {})
 
 
+def test_one_process_has_nobody_to_share_its_weights_with(tmp_path):
+    run(str(tmp_path / "plain"), {"max_steps": 2})
+    run(str(tmp_path / "shards"), {"max_steps": 2, "fsdp": True})
+    assert difference(tmp_path / "plain", tmp_path / "shards") == 0
+
+
 @pytest.mark.parametrize("changes", [{"lora_rank": 4}, {"precision": "fp16", "device": "auto"}])
 def test_shards_of_an_adapter_or_in_fp16_are_refused(tmp_path, changes, monkeypatch):
     monkeypatch.setattr("grpo_lab.trainer.resolve_precision", lambda name, device: name)
