@@ -200,8 +200,10 @@ def four_numbers(way: str, device: str, small: bool, folder: str) -> dict:
 
     length = {"steps": 20} if small else {"seconds": 120}
     model, tokenizer, card = pretrain("small" if small else "large", device=device, **length)
-    fast = {"max_steps": 2, "warmup_steps": 0, "batch_size": 2, "num_generations_per_prompt": 4} if small else {}
-    config = GRPOConfig.preset("countdown4", device=device, output_dir=folder, overwrite_output_dir=True, **fast)
+    changes = {"num_generations_per_prompt": 64, "learning_rate": 2e-4}
+    if small:
+        changes = {"max_steps": 2, "warmup_steps": 0, "batch_size": 2, "num_generations_per_prompt": 4}
+    config = GRPOConfig.preset("countdown4", device=device, output_dir=folder, overwrite_output_dir=True, **changes)
     train = countdown_dataset(64 if small else 20000, numbers=4)
     held_out = countdown_dataset(20 if small else 400, numbers=4, split="held-out")
     trainer = GRPOTrainer(model, None, countdown, tokenizer, config, train, held_out)
