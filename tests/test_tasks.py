@@ -383,7 +383,7 @@ def test_a_tokenizer_without_a_chat_template_is_said(train, problems, model_fold
 def test_an_unknown_task_lists_those_there_are(train):
     status, _, complaint = train("--task", "GSM8K")
     assert status == 2
-    assert "there is no task 'GSM8K'. Tasks: pocket, gsm8k, reasoning-gym:NAME." in complaint
+    assert "there is no task 'GSM8K'. Tasks: pocket, countdown4, gsm8k, reasoning-gym:NAME." in complaint
 
 
 def test_the_first_answer_without_a_number_is_named():
