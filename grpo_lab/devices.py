@@ -187,14 +187,15 @@ def available_cores() -> int:
 def container_memory() -> tuple[int, int] | None:
     """Bytes that the container may use, and uses, without what files fill for the time being; None without a limit."""
     for folder, name in ((CGROUP, "memory.max"), (CGROUP / "memory", "memory.limit_in_bytes")):  # versions 2 and 1
-        limit = _read(folder / name).strip()
+        limit = text_of(folder / name).strip()
         if limit.isdecimal() and int(limit) < psutil.virtual_memory().total:
-            counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            counts = dict(line.split() for line in text_of(folder / "memory.stat").splitlines())
             return int(limit), int(counts.get("anon") or counts.get("total_rss") or 0)
     return None
 
 
-def _read(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """What a file of the system says; nothing where there is none."""
     try:
         return path.read_text()
     except OSError:

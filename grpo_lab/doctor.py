@@ -250,15 +250,10 @@ def _version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
-    found = re.search(r"\b\d{3}\.\d[\d.]*", _read(DRIVER))
+    from grpo_lab.devices import text_of
+
+    found = re.search(r"\b\d{3}\.\d[\d.]*", text_of(DRIVER))
     return found[0] if found else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _said(error: Exception) -> str:
