@@ -245,7 +245,6 @@ def member(folder: str, device: str, small: bool, fsdp: bool) -> None:
             "grad norm of the last step": records[-1].metrics["grad_norm"], "norm of the weights": squares**0.5,
             "seconds a step": statistics.median(r.metrics["step_time"] for r in records[1:]), "peak, GiB": peak(device),
         }), flush=True)  # fmt: skip
-    trainer.accelerator.end_training()
 
 
 def vllm(way: str, device: str, small: bool, folder: str) -> dict:

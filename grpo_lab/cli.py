@@ -305,7 +305,6 @@ def train_command(options: argparse.Namespace) -> int:
     if before is not None and after is not None:
         print(f"\nRight answers, sampled: {before:.1%} before, {after:.1%} after.")
     print(f"Written to {config.output_dir}: final_model/, metrics.jsonl, completions.jsonl, training.png")
-    trainer.accelerator.end_training()
     return 0
 
 

@@ -1,7 +1,9 @@
 """Where a model computes, and how precisely: device, precision, optimizer, threads, dropout."""
 
+import atexit
 import ctypes
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +47,15 @@ def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], fol
             f"the launcher asks for {accelerator.distributed_type.value}. Start processes alone (accelerate launch "
             "--multi_gpu), and shard weights between them with --fsdp."
         )
+    if accelerator.num_processes > 1:
+        atexit.register(_part, accelerator)
     return accelerator
+
+
+def _part(accelerator: Accelerator) -> None:
+    """At the end of the program. A thread of gloo that frees its last tensor while Python ends would abort it."""
+    time.sleep(0.1)  # now it can: it needs Python's lock, and the threads of a group of shards outlive the next line
+    accelerator.state.destroy_process_group()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

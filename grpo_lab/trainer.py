@@ -188,9 +188,7 @@ class GRPOTrainer:
             yield record
         final = merged(self.policy) if self.processes.is_first and is_adapted(self.policy) else self.policy
         self._write(self.output_dir / checkpoints.FINAL, final)
-        for (
-            tracker
-        ) in self.accelerator.trackers:  # not end_training(), which parts the processes: evaluation may follow
+        for tracker in self.accelerator.trackers:  # end_training() would part the processes, and more may follow
             tracker.finish()
 
     def _next_batch(self) -> Batch:
