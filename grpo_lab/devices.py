@@ -1,4 +1,4 @@
-"""Where a model computes, and how precisely: device, precision, optimizer, threads, dropout."""
+"""Where a model computes, and how precisely: device, precision, optimizer, memory, threads, dropout."""
 
 import atexit
 import ctypes
@@ -210,6 +210,30 @@ def text_of(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def prompts_at_once(model: nn.Module, config: GRPOConfig, precision: str, columns: int) -> int:
+    """For how many prompts to sample together: the more, the fewer times the weights are read for each token.
+
+    Keys, values and logits get the room that the gradients take later in a step, or half that of the weights,
+    whichever is more; and what four micro-batches of completions need, because a training pass keeps at least eight
+    times as much of each token (one, where activations are recomputed).
+
+    Args:
+        columns: tokens of prompt and completion at most.
+    """
+    micro_batches = config.batch_size * (1 if config.gradient_checkpointing else 4)
+    known = model.config.get_text_config()
+    heads = getattr(known, "num_key_value_heads", None) or getattr(known, "num_attention_heads", None)
+    width = getattr(known, "head_dim", None) or (heads and known.hidden_size // known.num_attention_heads)
+    if not isinstance(heads, int) or not isinstance(width, int):  # another kind of cache
+        return micro_batches
+    cache = 2 * known.num_hidden_layers * heads * width * columns * (4 if precision == "fp32" else 2)
+    logits = 28 * model.get_input_embeddings().weight.shape[0]  # in float32, with what `truncate` makes of them
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    room = max(gradients, weights // 2)
+    return max(micro_batches, room // ((cache + logits) * config.num_generations_per_prompt))
 
 
 def free_memory(device: str) -> int:

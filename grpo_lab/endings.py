@@ -10,8 +10,8 @@ import torch
 from grpo_lab.config import GRPOConfig
 
 OUT_OF_MEMORY = (
-    "out of memory on {device}, with micro-batches of {rows} completions of up to {length} tokens (sampling takes up "
-    "to four of them at a time). Lower one of: "
+    "out of memory on {device}, with micro-batches of {rows} completions of up to {length} tokens (sampling takes "
+    "several at a time). Lower one of: "
     "--batch-size (now {batch_size}; more --gradient-accumulation-steps keeps the step as it is), "
     "--num-generations (K, now {k}), --max-new-tokens (now {length}); or use --precision bf16 (now {precision}), "
     "--gradient-checkpointing, or a smaller model. Checkpoints and metrics so far are in {output_dir}."

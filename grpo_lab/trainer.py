@@ -43,6 +43,7 @@ from grpo_lab.devices import (
     make_accelerator,
     make_optimizer,
     match_precision,
+    prompts_at_once,
     resolve_device,
     resolve_precision,
     trainable_in_float32,
@@ -141,11 +142,9 @@ class GRPOTrainer:
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
             judge.to(self.device)
-        # A cache takes at most an eighth of what a training pass keeps of each token, and twice that while it grows;
-        # where activations are recomputed, a training pass keeps little.
-        self._sampled_at_once = config.batch_size * (1 if config.gradient_checkpointing else 4)
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
-        self._check_longest_prompts()
+        columns = self._check_longest_prompts() + config.max_new_tokens
+        self._sampled_at_once = prompts_at_once(self.model, config, self.precision, columns)
         self._check_enough_prompts()
         self.vllm = self._start_vllm() if config.sampler == "vllm" else None
 
@@ -342,6 +341,7 @@ class GRPOTrainer:
             self.optimizer.step()
             if self._sharded:
                 gather_weights(self.model, self.policy)
+        self.optimizer.zero_grad()  # sampling needs the memory
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.scheduler.step()
@@ -432,7 +432,7 @@ class GRPOTrainer:
     def _evaluate(self, dataset, K: int) -> dict[str, float]:
         right: list[tuple[float, int]] = []
         rewards: list[float] = []
-        size = self._sampled_at_once
+        size = max(1, self._sampled_at_once * self.config.num_generations_per_prompt // K)
         uniforms = self._uniforms(len(dataset) * K, "evaluate", 0)
         share = self.processes.share(len(dataset))
         for start in range(share.start, share.stop, size):
@@ -483,11 +483,12 @@ class GRPOTrainer:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, number))
         return torch.rand(rows, self.config.max_new_tokens, generator=generator)
 
-    def _check_longest_prompts(self) -> None:
-        """Better now than after a thousand steps."""
+    def _check_longest_prompts(self) -> int:
+        """Better now than after a thousand steps. Returns the tokens of the longest."""
         longest = longest_prompts(self.train_dataset)
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in longest]
         check_context(self.policy, longest, ids, self.config.max_new_tokens)
+        return max(map(len, ids))
 
     def _check_first_update(self, sums: UpdateSums) -> None:
         """Sampler and scorer must see one distribution, and an untouched reference be no distance away."""

@@ -115,9 +115,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain, saving = make_trainer(tmp_path), make_trainer(tmp_path, gradient_checkpointing=True)
     gradients = []
     for run in (plain, saving):
+        run.optimizer.optimizer.register_step_pre_hook(
+            lambda *_, run=run: gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+        )
         run.update(run.collect([0, 1, 2, 3]))
-        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_no_gradient_stays_while_the_next_completions_are_sampled(tmp_path):
+    run = make_trainer(tmp_path)
+    run.update(run.collect([0, 1, 2, 3]))
+    assert all(p.grad is None for p in run.model.parameters())
 
 
 def test_gradient_checkpointing_really_recomputes(tmp_path):
