@@ -32,6 +32,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package need not be installed
+
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, pocket
 from grpo_lab.data import countdown_dataset
 from grpo_lab.devices import resolve_device

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_a_path_prints_a_table_and_writes_its_json(tmp_path):
     rows = result["rows"]
     assert rows["replayed"]["tokens as in the first row"] == 1.0
     assert all(row["rows"] == 8 and row["tokens a second"] > 0 for row in rows.values())
+
+
+def test_the_package_need_not_be_installed():
+    others = {"PYTHONPATH": str(Path(pytest.__file__).parents[1])}  # without site, which would find an editable install
+    help_ = [sys.executable, "-S", str(FILE), "--help"]
+    done = subprocess.run(help_, capture_output=True, text=True, env=os.environ | others, cwd=FILE.anchor)
+    assert done.returncode == 0, done.stderr
+    assert "decode" in done.stdout
 
 
 @pytest.mark.parametrize("way", ["0.5B, LoRA 16", "0.5B, checkpointing"])
