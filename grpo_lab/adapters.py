@@ -4,12 +4,13 @@
 the model with its adapter off, a checkpoint holds the adapter alone, and the final model is merged.
 """
 
-import copy
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from grpo_lab.forward import rebuilt
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -49,13 +50,12 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> nn.Modu
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A plain copy of the model, in main memory, with its adapter added into the weights."""
-    device = next(model.parameters()).device
-    try:
-        whole = copy.deepcopy(model.cpu())  # there is often no room for a second one on a GPU
-    finally:
-        model.to(device)
-    return whole.merge_and_unload(safe_merge=True)
+    """A plain copy of the model, in main memory, with its adapter added into the weights; to be saved, not trained.
+
+    The model itself stays where it is, as it is. On a CPU the copy shares all weights that have no adapter.
+    """
+    # safe_merge puts a new matrix in the place of each that has an adapter: the one that is shared is not written to
+    return rebuilt(model, lambda tensor: tensor.cpu()).merge_and_unload(safe_merge=True)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ Completions of the same prompt share one pass over it, and the head, whose logit
 left to the caller. Neither changes a number beyond rounding.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,6 +165,15 @@ def built_like(other: nn.Module, model: nn.Module) -> nn.Module:
     if model in _separable:
         _separable[other] = _separable[model]
     return other
+
+
+def rebuilt(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model with what `change` makes of its weights and buffers; what they share stays shared."""
+    memo: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        new = change(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return built_like(copy.deepcopy(model, memo), model)
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ launch at least. Peak rates of named machines are their makers'; how much of the
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -29,7 +30,6 @@ from grpo_lab.devices import (
     disable_dropout,
     enable_checkpointing,
     free_memory,
-    match_precision,
     resolve_device,
     resolve_precision,
     trainable_in_float32,
@@ -37,7 +37,7 @@ from grpo_lab.devices import (
 from grpo_lab.forward import built_like, completion_states
 from grpo_lab.logprobs import token_logprobs, truncate
 from grpo_lab.losses import grpo_loss
-from grpo_lab.rehearsal import NUCLEUS, Rehearsal, Work, emptied, size_of
+from grpo_lab.rehearsal import NUCLEUS, Count, Depths, Rehearsal, Work, emptied, size_of
 from grpo_lab.sampling import pick
 from grpo_lab.scoring import completion_logprobs, completion_scores
 
@@ -70,6 +70,13 @@ class Machine:
     """What the allocator keeps beyond what is live, as a share of that."""
     measured: bool = False
     """False: looked up and assumed."""
+
+    def part_for(self, config: GRPOConfig, processes: int) -> "Machine":
+        """What one of so many processes finds: a GPU, less what vLLM has of it, or its part of the main memory."""
+        if self.device == "cpu":
+            return replace(self, memory=self.memory / processes)
+        vllm = config.vllm_gpu_memory if config.sampler == "vllm" and config.vllm_server is None else 0.0
+        return replace(self, taken=self.taken + vllm * self.memory) if vllm else self
 
     def seconds(self, work: Iterable[Work], precision: str) -> float:
         """How long these operations take."""
@@ -125,6 +132,8 @@ class Plan:
     precision: str
     prompt_tokens: int
     rehearsed: tuple["Phase", ...]
+    processes: int = 1
+    """Of which one is planned for; each has its own GPU, or its part of the main memory."""
 
     @cached_property
     def phases(self) -> dict[str, dict[str, int]]:
@@ -143,7 +152,8 @@ class Plan:
 
         Raises: ValueError if that one would compute otherwise: on another kind of device, or in another precision.
         """
-        machine = machine if isinstance(machine, Machine) else named_machine(machine)
+        if not isinstance(machine, Machine):
+            machine = named_machine(machine).part_for(self.config, self.processes)
         precision = _precision(self.config, machine)
         if (machine.device, precision == "fp32") != (self.machine.device, self.precision == "fp32"):
             raise ValueError(f"{machine.name} would compute otherwise than {self.machine.name}: plan for it anew.")
@@ -178,7 +188,8 @@ class Plan:
         config, rows = self.config, [part for part in PARTS if any(p[part] for p in self.phases.values())]
         settings = f"K {config.num_generations_per_prompt} × {config.batch_size} prompts at a time"
         lengths = f"{self.prompt_tokens} + {config.max_new_tokens} tokens, {self.precision}"
-        lines = [f"{self.name} on {self.machine.name}: {settings}, {lengths}", ""]
+        of = f", each of {self.processes} processes" if self.processes > 1 else ""
+        lines = [f"{self.name} on {self.machine.name}: {settings}, {lengths}{of}", ""]
         lines.append(f"{'GiB':17}" + "".join(f"{phase:>12}" for phase in self.phases))
         for part in rows:
             lines.append(f"{part:17}" + "".join(f"{p[part] / GIB:12.2f}" for p in self.phases.values()))
@@ -199,6 +210,7 @@ def plan(
     reward_model: nn.Module | Sequence | None = None,
     machine: str | Machine | None = None,
     prompt_tokens: int | None = None,
+    processes: int = 1,
     name: str | None = None,
 ) -> Plan:
     """What would this run need, and is it there? Takes seconds for a model of billions of weights, and no memory.
@@ -209,10 +221,16 @@ def plan(
         reward_model: as the trainer takes it; functions need nothing.
         machine: one of MACHINES by name, or None: this one, with what is free now.
         prompt_tokens: of the longest prompt; None: 128, or what the model's context leaves.
+        processes: that share the run out, on GPUs of their own or one machine's cores; planned is what each takes.
         name: of the model, for the table.
-    Raises: ValueError for an unknown machine, or lengths that the model does not take.
+    Raises: ValueError for an unknown machine, lengths that the model does not take, or fewer prompts than processes.
     """
     config = config or GRPOConfig()
+    if not 1 <= processes <= config.prompts_per_step:
+        raise ValueError(
+            f"processes must be at least 1 and at most {config.prompts_per_step}, the prompts of a step, "
+            f"got {processes}. Raise --batch-size."
+        )
     room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
     prompt_tokens = min(PROMPT_TOKENS, room) if prompt_tokens is None else prompt_tokens
     if not 1 <= prompt_tokens <= room:
@@ -221,17 +239,22 @@ def plan(
             f"model's context of {room + config.max_new_tokens}. Shorten the prompt or lower --max-new-tokens."
         )
     if isinstance(machine, str):
-        machine = named_machine(machine)
+        machine = named_machine(machine).part_for(config, processes)
     device = machine.device if machine else resolve_device(config.device)
-    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
-    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
+    judges = _judges(reward_model)
     precision = _precision(config, machine)
-    phases = _rehearse(_Shape.of(config, model, precision, prompt_tokens), model, judges, captures=device == "cuda")
+    phases = _rehearse(_Shape.of(config, model, precision, prompt_tokens, processes), model, judges, device)
     loaded = [t for m in (model, *judges) for t in (*m.parameters(), *m.buffers()) if t.device.type == "cpu"]
     # last: what the rehearsal leaves behind is taken, too
-    machine = machine or this_machine(config, size_of(loaded))
+    machine = machine or this_machine(config, size_of(loaded), processes)
     name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
-    return Plan(name, config, machine, precision, prompt_tokens, tuple(phases))
+    return Plan(name, config, machine, precision, prompt_tokens, tuple(phases), processes)
+
+
+def _judges(reward_model: nn.Module | Sequence | None) -> list[nn.Module]:
+    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    models = [judge if isinstance(judge, nn.Module) else getattr(judge, "model", None) for judge in judges]
+    return [model for model in models if isinstance(model, nn.Module)]
 
 
 def named_machine(name: str) -> Machine:
@@ -253,11 +276,12 @@ def _precision(config: GRPOConfig, machine: Machine | None) -> str:
 # --- what is there, and how fast it is ----------------------------------------------------------------------
 
 
-def this_machine(config: GRPOConfig, loaded: int = 0) -> Machine:
+def this_machine(config: GRPOConfig, loaded: int = 0, processes: int = 1) -> Machine:
     """The device that a run with this config would take, with what is free on it now, its rates measured.
 
     Args:
         loaded: bytes of models that are in main memory already, and are counted elsewhere.
+        processes: that take their parts of what is free.
     """
     import psutil
 
@@ -268,18 +292,12 @@ def this_machine(config: GRPOConfig, loaded: int = 0) -> Machine:
     if device == "cpu":
         taken = max(0, psutil.Process().memory_info().rss - loaded)
     flops, bandwidth, launch = _rates(device, precision, torch.get_num_threads())
-    reserve = 0.05 if device == "cuda" else CPU_RESERVE
-    return Machine(
-        name,
-        device,
-        free + taken + loaded * (device == "cpu"),
-        {precision: flops},
-        bandwidth,
-        launch,
-        taken,
-        reserve,
-        measured=True,
-    )
+    if device == "cpu":
+        reserve, memory = CPU_RESERVE, free / processes + taken + loaded
+    else:
+        reserve, memory = 0.05 if device == "cuda" else CPU_RESERVE, free
+    machine = Machine(name, device, memory, {precision: flops}, bandwidth, launch, taken, reserve, measured=True)
+    return machine if device == "cpu" else machine.part_for(config, processes)
 
 
 @cache
@@ -321,18 +339,32 @@ class _Shape:
     prompt: int
     kept: int
     """Tokens that could have been drawn, at each position; 0 if all could."""
+    processes: int = 1
 
     @classmethod
-    def of(cls, config: GRPOConfig, model: nn.Module, precision: str, prompt: int) -> "_Shape":
+    def of(cls, config: GRPOConfig, model: nn.Module, precision: str, prompt: int, processes: int = 1) -> "_Shape":
         vocabulary = model.get_input_embeddings().weight.shape[0]
         some = 0 < config.top_k < vocabulary or config.top_p < 1
-        return cls(config, precision, prompt, min(config.top_k or NUCLEUS, vocabulary) if some else 0)
+        return cls(config, precision, prompt, min(config.top_k or NUCLEUS, vocabulary) if some else 0, processes)
+
+    @property
+    def prompts(self) -> int:
+        """Of a step, that the process with the most has."""
+        return -(-self.config.prompts_per_step // self.processes)
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.prompts // self.config.batch_size)
 
     @property
     def sampled_at_once(self) -> int:
         """Prompts, as in the trainer."""
-        config = self.config
-        return min(config.prompts_per_step, config.batch_size * (1 if config.gradient_checkpointing else 4))
+        return min(self.prompts, self.config.batch_size * (1 if self.config.gradient_checkpointing else 4))
+
+    @property
+    def shards(self) -> int:
+        """Among how many processes what is trained is shared out."""
+        return self.processes if self.config.fsdp else 1
 
     def rows(self, prompts: int, columns: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask: prompts that differ, each with K completions that differ."""
@@ -344,7 +376,7 @@ class _Shape:
     def micro_batch(self) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
         """Arguments for the scorer."""
         config = self.config
-        ids, mask = self.rows(config.batch_size, self.prompt + config.max_new_tokens)
+        ids, mask = self.rows(min(self.prompts, config.batch_size), self.prompt + config.max_new_tokens)
         kept = torch.zeros(len(ids), config.max_new_tokens, self.kept, dtype=torch.long) if self.kept else None
         how = {"share": config.disable_dropout, "temperature": config.temperature, "kept": kept}
         return (ids, mask, config.max_new_tokens), how
@@ -354,7 +386,7 @@ class _Shape:
 
 
 class Phase(NamedTuple):
-    """Of a step: sampling, scoring, update."""
+    """Of a step: sampling, scoring, update; or saving, after the last."""
 
     name: str
     parts: dict[str, int]
@@ -371,111 +403,146 @@ class Phase(NamedTuple):
         return sum(times * machine.seconds(work, precision) for times, work in self.work)
 
 
-def _rehearse(shape: _Shape, model: nn.Module, judges: list[nn.Module], *, captures: bool) -> list[Phase]:
-    """The phases of a step; captures: sampling replays a captured step, as on CUDA."""
-    config, accumulation = shape.config, shape.config.gradient_accumulation_steps
-    policy, reference, standing = _standing(shape, model, judges)
-    phases = []
+def _rehearse(
+    shape: _Shape, model: nn.Module, judges: list[nn.Module], device: str, room: float = math.inf
+) -> list[Phase] | None:
+    """The phases of a step on this kind of device; None if it is seen on the way that they do not fit into the room."""
+    config, times = shape.config, shape.micro_batches
+    policy = Depths(model, lambda copy: _prepared(copy, config))
+    standing = policy.each(lambda copy: _standing(copy, shape))
+    merged, gathered = standing.pop("merged"), standing.pop("gathered")
+    standing["reward model"] = sum(_whole(judge) for judge in judges if judge is not model)
+    # ids and mask; sampled, log-probability, kept; twice: as they were sampled, and cut into micro-batches
+    row = (shape.prompt + config.max_new_tokens) * 16 + config.max_new_tokens * (5 + 8 * shape.kept)
+    standing["rollouts"] = 2 * shape.prompts * config.num_generations_per_prompt * row
 
-    def add(name: str, stays: dict[str, int], peaks: list[dict[str, int]], work: list[tuple[float, list[Work]]]):
+    def phase(name: str, counts: list[Count], work: list[tuple[float, list[Work]]], **stays: int) -> Phase:
         parts = dict.fromkeys(PARTS, 0) | standing | stays
-        highest = max(peaks, key=lambda peak: sum(peak.values()), default={})
-        phases.append(Phase(name, parts | {part: parts[part] + size for part, size in highest.items()}, work))
+        highest = max((count.peak for count in counts), key=lambda peak: sum(peak.values()), default={})
+        return Phase(name, {part: parts[part] + highest.get(part, 0) for part in parts}, work)
 
-    asked, stage = _stage(policy)
-    with stage:  # once where its head begins, and not with each of the copies
-        completion_states(asked, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)
-    built_like(policy, asked)
-    peaks, reading, tokens, captured = _sampling(policy, shape, captures=captures)
-    times = config.prompts_per_step / shape.sampled_at_once
-    steps = [(times * (config.max_new_tokens - 1) / len(tokens), work) for work in tokens]
-    add("sampling", {}, peaks, [(times, reading), *steps])
+    # what nearly always decides comes first
+    if sum(standing.values()) > room + standing["gradients"]:
+        return None
+    stays = {"weights": standing["weights"] + gathered, "gradients": standing["gradients"] + gathered}
+    if times == 1 and shape.shards == 1:
+        stays["gradients"] = 0  # those of the step before are thrown away, and arise anew as the activations go
+    count = policy.each(lambda copy: _update(copy, shape))
+    adam = Work(0, standing["gradients"] // 4 * ADAM_TRAFFIC)
+    update = phase("update", [count], [*_repeated(times, count), (1, [adam])], **stays)
+    if sum(update.parts.values()) > room:
+        return None
+
+    reading, *tokens = policy.each(lambda copy: _sampling(copy, shape, captures=device == "cuda"))
+    groups = shape.prompts / shape.sampled_at_once
+    each = groups * (config.max_new_tokens - 1) / len(tokens)
+    work = [*_repeated(groups, reading), *(part for token in tokens for part in _repeated(each, token))]
+    sampling = phase("sampling", [reading, tokens[-1]], work)
+    captured, last = 0, tokens[-1].peak
+    if len(tokens) == 1:  # the graph keeps all that its step computes with, beside the cache
+        captured = last["cache"] + sum(last.values()) - tokens[-1].before
 
     scored = []
     if config.kl_coef > 0:
-        scored.append(
-            _scoring(built_like(reference, policy) if reference else policy, shape, adapted=reference is None)
-        )
+        scored.append(policy.each(lambda copy: _scoring(copy, shape, as_reference=True)))
     if config.kl_coef > 0 and config.kl_in == "reward":
-        scored.append(_scoring(policy, shape))
-    scored += [_judging(judge, shape) for judge in judges]
-    add("scoring", {"cache": captured}, [peak for peak, _ in scored], [(accumulation, work) for _, work in scored])
-
-    peak, work = _update(policy, shape)
-    adam = Work(0, standing["gradients"] // 4 * ADAM_TRAFFIC)
-    # gradients of the step before are thrown away, and arise anew as the activations go
-    stays = {"cache": captured} | ({"gradients": 0} if accumulation == 1 else {})
-    add("update", stays, [peak], [(accumulation, work), (1, [adam])])
-    return phases
+        scored.append(policy.each(lambda copy: _scoring(copy, shape)))
+    scored += [Depths(judge).each(lambda copy: _judging(copy, shape)) for judge in judges]
+    work = [part for count in scored for part in _repeated(times, count)]
+    scoring = phase("scoring", scored, work, cache=captured)
+    update.parts["cache"] += captured
+    saving = [phase("saving", [], [], weights=standing["weights"] + merged)] if merged and device != "cuda" else []
+    return [sampling, scoring, update, *saving]
 
 
-def _standing(shape: _Shape, model: nn.Module, judges: list[nn.Module]):
-    """The policy and the reference as the trainer prepares them, without contents, and the bytes of all that stays."""
-    config, policy = shape.config, emptied(model)
+def _repeated(times: float, count: Count) -> list[tuple[float, list[Work]]]:
+    return [(times * often, work) for often, work in count.work]
+
+
+def _prepared(policy: nn.Module, config: GRPOConfig) -> nn.Module:
+    """The policy as the trainer prepares it."""
     if config.lora_rank:
         with torch.device("meta"):
             policy = add_lora(policy, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
     trainable_in_float32(policy)
-    reference = None
-    if config.kl_coef > 0 and not is_adapted(policy):
-        reference = emptied(policy)
-        match_precision(reference, policy)
-        reference.requires_grad_(False)
     if config.disable_dropout:
         disable_dropout(policy)
     if config.gradient_checkpointing:
         enable_checkpointing(policy)
-    gradients = size_of(p for p in policy.parameters() if p.requires_grad)
-    tokens = config.max_new_tokens
-    row = (shape.prompt + tokens) * 16 + tokens * (5 + 8 * shape.kept)  # ids and mask; sampled, log-probability, kept
-    return policy, reference, {
-        "weights": _whole(policy),
+    asked, stage = _stage(policy)
+    with stage:  # once where its head begins, and not with each of the copies
+        completion_states(asked, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)
+    return built_like(policy, asked)
+
+
+def _standing(policy: nn.Module, shape: _Shape) -> dict[str, int]:
+    """The bytes of all that stays, and of what joins it for a while: merged when saved, gathered from shards."""
+    whole, trained = _whole(policy), [p for p in policy.parameters() if p.requires_grad]
+    gradients = size_of(trained) // shape.shards
+    merged = [m for m in policy.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
+    gathered = 0
+    if shape.shards > 1:  # what belongs to no layer; the layer that computes, and the next one, on its way
+        layers = [m for m in policy.modules() if type(m).__name__ in (policy._no_split_modules or ())]
+        sizes = [size_of(layer.parameters()) for layer in layers]
+        gathered = size_of(policy.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
+    return {
+        "weights": whole + (gradients if shape.shards > 1 else 0),  # beside shards, a whole copy to sample from
         "gradients": gradients,
-        "optimizer": 2 * gradients,
-        "reference": _whole(reference) if reference is not None else 0,
-        "reward model": sum(_whole(judge) for judge in judges if judge is not model),
-        # twice: as they were sampled, and cut into micro-batches
-        "rollouts": 2 * config.prompts_per_step * config.num_generations_per_prompt * row,
-    }  # fmt: skip
+        "optimizer": _optimizer(trained, shape.config) // shape.shards,
+        "reference": whole if shape.config.kl_coef > 0 and not is_adapted(policy) else 0,
+        "merged": size_of(layer.base_layer.weight for layer in merged),
+        "gathered": gathered,
+    }
+
+
+def _optimizer(trained: list[nn.Parameter], config: GRPOConfig) -> int:
+    """Bytes of AdamW's two averages; in 8 bits with a scale for 256 of them, but for small weights as ever."""
+    if config.optimizer == "adamw":
+        return 2 * size_of(trained)
+    return sum(8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + 8 * -(-p.numel() // 256) for p in trained)
 
 
 def _whole(model: nn.Module) -> int:
     return size_of([*model.parameters(), *model.buffers()])
 
 
-def _stage(model: nn.Module) -> tuple[nn.Module, Rehearsal]:
+def _stage(model: nn.Module, *, trains: bool = True) -> tuple[nn.Module, Rehearsal]:
     stage = Rehearsal()
     hollow = emptied(model, stage.fake)
     stage.watch(hollow)
-    return hollow, stage
+    return hollow if trains else hollow.requires_grad_(False), stage
 
 
-def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool):
-    """Peaks; the work of reading the prompts; that of one token, at first and at last; bytes that stay afterwards."""
+def _counted(stage: Rehearsal, cache: object = None, before: int = 0) -> Count:
+    layers = getattr(cache, "layers", ())
+    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1)
+    return Count(stage.moments, [(1, stage.work)], held, before)
+
+
+def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool) -> list[Count]:
+    """The reading of the prompts, and a token: the one that is captured, or the first and the last."""
     config, K = shape.config, shape.config.num_generations_per_prompt
-    model, stage = _stage(policy)
+    model, stage = _stage(policy, trains=shape.shards == 1)
     ids, mask = shape.rows(shape.sampled_at_once, shape.prompt + config.max_new_tokens)
     with stage, torch.no_grad(), shape.autocast():
         model.eval()
         says = Growing(model, ids[::K, : shape.prompt], mask[::K, : shape.prompt], K)
-        peaks, reading = [_with_cache(stage, says)], stage.work
+        counts = [_counted(stage, says.cache)]
         if captures and (fixed := _captured(model, says, K, ids.shape[1])) is not None:
             stage.reset()
             before = sum(stage.live.values())
             _one_token(fixed, ids, config)
-            peak = _with_cache(stage, fixed)
-            # the graph keeps all that its step computes with, beside the cache
-            return [*peaks, peak], reading, [stage.work], peak["cache"] + sum(stage.peak.values()) - before
+            return [*counts, _counted(stage, fixed.cache, before)]
         stage.reset()
         _one_token(says, ids, config)
-        first = stage.work
+        counts.append(_counted(stage))
         stage.reset()
         del says
         columns = max(1, ids.shape[1] - 2)  # as it stands before the last token that is read: the one after is not
         says = Growing(model, ids[:, :columns], mask[:, :columns], 1)
         stage.reset()
         _one_token(says, ids, config)
-        return [*peaks, _with_cache(stage, says)], reading, [first, stage.work], 0
+        return [*counts, _counted(stage, says.cache)]
 
 
 def _captured(model: nn.Module, grown: Growing, num_generations: int, columns: int) -> Captured | None:
@@ -499,25 +566,18 @@ def _one_token(says: Growing | Captured, ids: Tensor, config: GRPOConfig) -> Non
     del drawn
 
 
-def _with_cache(stage: Rehearsal, says: Growing | Captured) -> dict[str, int]:
-    """The peak, with what the cache holds told apart from what is computed with."""
-    layers = getattr(says.cache, "layers", ())
-    held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1)
-    held = min(held, stage.peak["activations"])
-    return stage.peak | {"cache": held, "activations": stage.peak["activations"] - held}
-
-
-def _scoring(scorer: nn.Module, shape: _Shape, *, adapted: bool = False) -> tuple[dict[str, int], list[Work]]:
-    model, stage = _stage(scorer)
+def _scoring(policy: nn.Module, shape: _Shape, *, as_reference: bool = False) -> Count:
+    adapted = as_reference and is_adapted(policy)  # the policy is its own reference
+    model, stage = _stage(policy, trains=shape.shards == 1 and (adapted or not as_reference))
     inputs, how = shape.micro_batch()
     with stage, torch.no_grad(), shape.autocast():
         model.eval()
-        with model.disable_adapter() if adapted else nullcontext():  # the policy is its own reference
+        with model.disable_adapter() if adapted else nullcontext():
             completion_logprobs(model, *inputs, **how)
-    return stage.peak, stage.work
+    return _counted(stage)
 
 
-def _judging(judge: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
+def _judging(judge: nn.Module, shape: _Shape) -> Count:
     model, stage = _stage(judge)
     (ids, mask, tokens), _ = shape.micro_batch()
     with stage, torch.no_grad():
@@ -526,13 +586,16 @@ def _judging(judge: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work
             model(input_ids=ids, attention_mask=mask)
         else:
             completion_logprobs(model, ids, mask, tokens)
-    return stage.peak, stage.work
+    return _counted(stage)
 
 
-def _update(policy: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work]]:
+def _update(policy: nn.Module, shape: _Shape) -> Count:
     config = shape.config
     model, stage = _stage(policy)
-    if config.gradient_accumulation_steps > 1:  # there are the gradients of the micro-batches before
+    if shape.shards > 1:  # each goes into the shards as soon as it is there
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    elif shape.micro_batches > 1:  # there are the gradients of the micro-batches before
         with stage.fake:
             for weight in model.parameters():
                 weight.grad = torch.empty_like(weight) if weight.requires_grad else None
@@ -559,7 +622,7 @@ def _update(policy: nn.Module, shape: _Shape) -> tuple[dict[str, int], list[Work
         )
         stage.backward = True
         terms.loss.backward()
-    return stage.peak, stage.work
+    return _counted(stage)
 
 
 # --- what would fit -----------------------------------------------------------------------------------------
@@ -575,27 +638,21 @@ def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence
         model, reward_model: as they were given to `plan`.
     Returns: None if nothing does: take a smaller model.
     """
-    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
-    judges = [judge for judge in judges if isinstance(judge, nn.Module)]
-    machine = found.machine
+    machine, judges = found.machine, _judges(reward_model)
 
-    def tried(changes: dict[str, Any]) -> Plan | None:
-        config = found.config.replace(**changes)
-        shape = _Shape.of(config, model, found.precision, found.prompt_tokens)
-        policy, _, standing = _standing(shape, model, judges)
-        if config.gradient_accumulation_steps == 1:
-            standing["gradients"] = 0
-        # what is known at once, and what nearly always decides, come before the whole
-        least = sum(standing.values()) + machine.taken
-        if least > machine.memory or least + sum(_update(policy, shape)[0].values()) > machine.memory:
-            return None
-        new = plan(config, model, reward_model=judges, machine=machine, prompt_tokens=found.prompt_tokens,
-                   name=found.name)  # fmt: skip
-        return new if new.fits else None
+    @cache
+    def tried(level: int, number: int) -> Plan | None:
+        config = found.config.replace(**levels[level][number])
+        shape = _Shape.of(config, model, found.precision, found.prompt_tokens, found.processes)
+        phases = _rehearse(shape, model, judges, machine.device, machine.memory - machine.taken)
+        new = phases and replace(found, config=config, rehearsed=tuple(phases))
+        return new if new and new.fits else None
 
-    for level in _levels(found.config, can_adapt=not is_adapted(model)):
-        if (last := tried(level[-1])) is not None:
-            return next((milder for changes in level[:-1] if (milder := tried(changes)) is not None), last)
+    levels = _levels(found.config, can_adapt=not is_adapted(model))
+    for level, changes in enumerate(levels):
+        last = len(changes) - 1
+        if tried(level, last) is not None:
+            return tried(level, bisect_left(range(last), True, key=lambda i: tried(level, i) is not None))
     return None
 
 

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grpo_lab.forward import completion_logits
+from grpo_lab.forward import built_like, completion_logits
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def shard(model: nn.Module, score: Callable, processes: Processes, device: torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    whole = copy.deepcopy(model).requires_grad_(False).eval()
+    model.cpu()  # from where it goes layer by layer: there are never two whole ones on a GPU
+    whole = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     token = torch.zeros(1, 2, dtype=torch.long, device=device)
-    completion_logits(model, token, torch.ones_like(token), 1)  # asks how it is built, by passes that are of no update
+    completion_logits(whole, token, torch.ones_like(token), 1)  # asks how it is built, by passes that are of no update
+    built_like(model, whole)
     mesh = init_device_mesh(device.type, (processes.count,))
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
@@ -126,20 +128,33 @@ def scatter_weights(whole: nn.Module, model: nn.Module) -> None:
         parameter.copy_(_like(source, parameter))
 
 
-def gather_state(optimizer) -> dict:
-    """The optimizer's state dict with whole tensors, as that of one process."""
+def gather_state(optimizer, processes: Processes) -> dict:
+    """The optimizer's state dict with whole tensors, as that of one process; without contents in all but the first.
+
+    One tensor is whole at a time, and then in main memory: where shards are needed there is no room for all.
+    """
     state = optimizer.state_dict()
+
+    def whole(value):
+        if not isinstance(value, DTensor):
+            return value
+        value = value.full_tensor()  # by all together
+        return value.cpu() if processes.is_first else None
+
     with _everyone_there():
-        whole = {i: {name: full(v) for name, v in values.items()} for i, values in state["state"].items()}
-    return {**state, "state": whole}
+        return {**state, "state": {i: {name: whole(v) for name, v in values.items()}
+                                   for i, values in state["state"].items()}}  # fmt: skip
 
 
-def scatter_state(optimizer) -> None:
-    """Shard what a whole state dict has put into the optimizer, as its weights are."""
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                values[name] = _like(value, parameter)
+def scatter_state(state: dict, optimizer) -> dict:
+    """A whole state dict with its tensors in shards, as the optimizer's weights are."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+
+    def part(value, parameter):
+        return _like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+
+    return {**state, "state": {i: {name: part(v, parameters[i]) for name, v in values.items()}
+                               for i, values in state["state"].items()}}  # fmt: skip
 
 
 def full(value):

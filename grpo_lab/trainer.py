@@ -680,10 +680,9 @@ class GRPOTrainer:
         if any(type(n) is not int or n < 0 for n in counts) or any(type(row) is not dict for row in state["unlogged"]):
             raise TypeError("a count is no count, or a row of metrics no row")
         checkpoints.load_weights(self.policy, path)
-        self.optimizer.load_state_dict(state["optimizer"])
         if self._sharded:
             scatter_weights(self.policy, self.model)
-            scatter_state(self.optimizer)
+        self.optimizer.load_state_dict(scatter_state(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -701,7 +700,7 @@ class GRPOTrainer:
             "num_tokens": self.num_tokens,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "optimizer": gather_state(self.optimizer),
+            "optimizer": gather_state(self.optimizer, self.processes),
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "order": self.order.state_dict(),

@@ -1,5 +1,6 @@
 """LoRA: the frozen weights stay, the reference is the model without its adapter, and what is saved can be used."""
 
+import copy
 import json
 import sys
 
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from grpo_lab.adapters import add_lora, merged
 from grpo_lab.checkpoints import DamagedCheckpointError, load_weights
 from grpo_lab.cli import main
+from grpo_lab.forward import rebuilt
+from grpo_lab.rehearsal import Rehearsal, size_of
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 
@@ -88,6 +91,49 @@ def test_merging_leaves_the_model_as_it_is():
     before, logits = weights_of(model), model(IDS).logits
     torch.testing.assert_close(merged(model)(IDS).logits, logits)
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(model), strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_merging_gives_the_bits_of_peft_and_shares_what_has_no_adapter(name):
+    model = add_lora(tiny_architecture(name), rank=2, alpha=32, seed=0)
+    for part, weight in model.named_parameters():
+        if "lora_B" in part:
+            torch.nn.init.normal_(weight, std=0.1)
+    ours = dict(merged(model).named_parameters())
+    own = {part.data_ptr() for part in model.parameters()}
+    expected = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    adapted = {part.split(".lora_A")[0].removeprefix("base_model.model.") + ".weight"
+               for part, _ in model.named_parameters() if ".lora_A" in part}  # fmt: skip
+    for part, weight in expected.named_parameters():
+        assert torch.equal(ours[part], weight), part
+        assert (ours[part].data_ptr() in own) == (part not in adapted), part
+
+
+class BytesByDevice(Rehearsal):
+    """Counts by device what is made; devices that are not there are pretended."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = {"cuda": 0, "cpu": 0}
+
+    def _kind(self, tensor):
+        return tensor.device.type
+
+
+def test_merging_takes_nothing_on_a_gpu():
+    stage = BytesByDevice()
+
+    def on_a_gpu(tensor):
+        with stage.fake:
+            return torch.empty(tensor.shape, device="cuda")
+
+    model = rebuilt(add_lora(tiny_model(), rank=2, alpha=32, seed=0), on_a_gpu)
+    stage.watch(model)
+    with stage, torch.no_grad():
+        plain = merged(model)
+    assert stage.peak["cuda"] == 0
+    assert stage.peak["cpu"] >= size_of(plain.parameters())
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
 
 
 def weights_of(model):
