@@ -5,7 +5,7 @@ written finds its own; `advance` goes on by one token.
 """
 
 import warnings
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
 
 from grpo_lab.forward import accepts, position_ids
 
-ROUND = 64  # columns of a captured step, so that rollouts of like lengths can use the same one
+WORTH_IT = 32  # tokens; capturing takes three steps and a moment (assumed, not measured yet)
 
 
 class Growing:
@@ -55,11 +55,20 @@ class Growing:
         self.logits = output.logits[:, -1]
 
 
+class _Fixed(StaticLayer):
+    """Keys and values as attention reads them: under autocast in half precision, also those that come in float32."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype), *args, **kwargs)
+
+
 class Captured:
     """Every row has its place in a cache of fixed size, and the step is a CUDA graph that is replayed.
 
     A decode step of a small model is hundreds of kernels of microseconds each, and launching them one by one takes
-    longer than they do. On other devices the step is run as it is, which is how it is tested. Not measured yet.
+    longer than they do. It lasts for one rollout: what it holds is free for the update, and under autocast it reads
+    the weights in half precision that the prompts were read with, instead of casting them anew for each token.
+    On other devices the step is run as it is, which is how it is tested. Not measured yet.
 
     Args:
         rows, columns: how many completions, and how many tokens of prompt and completion at most.
@@ -78,18 +87,22 @@ class Captured:
     def start(self, grown: Growing, num_generations: int) -> None:
         """Take over from prompts that have been read."""
         width = self.column = grown.mask.shape[1]
-        for fixed, layer in zip(self.cache.layers, grown.cache.layers, strict=True):
+        device = self.ids.device
+        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        for i, (fixed, layer) in enumerate(zip(self.cache.layers, grown.cache.layers, strict=True)):
             if type(fixed) is not StaticLayer or type(layer) is not DynamicLayer:
                 raise ValueError("it has layers that keep something else than keys and values of all tokens")
-            keys, values = (x.repeat_interleave(num_generations, 0) for x in (layer.keys, layer.values))
-            if not fixed.is_initialized:
-                fixed.lazy_initialization(keys, values)
+            keys, values = (
+                x.repeat_interleave(num_generations, 0).to(half or x.dtype) for x in (layer.keys, layer.values)
+            )
+            self.cache.layers[i] = fixed = _Fixed(fixed.max_cache_len)
+            fixed.lazy_initialization(keys, values)
             fixed.keys[:, :, :width], fixed.values[:, :, :width] = keys, values
         mask = grown.mask.repeat_interleave(num_generations, 0)
-        self.mask.fill_(False)[:, 0, 0, :width] = mask.bool()
+        self.mask[:, 0, 0, :width] = mask.bool()
         self.positions.copy_(mask.sum(1, keepdim=True) - 1)
-        self.place = torch.arange(len(self.ids), device=self.ids.device)
-        if self.ids.is_cuda and self.graph is None:
+        self.place = torch.arange(len(self.ids), device=device)
+        if self.ids.is_cuda:
             self._capture()
         self.logits = grown.logits.repeat_interleave(num_generations, 0)
 
@@ -112,13 +125,10 @@ class Captured:
             layer.cumulative_length.fill_(self.column)
 
     def _step(self) -> Tensor:
-        device = self.ids.device.type
-        half = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-        with torch.autocast(device, **half, cache_enabled=False):  # what it keeps would belong to the graph's memory
-            output = self.model(
-                input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
-                past_key_values=self.cache, use_cache=True,
-            )  # fmt: skip
+        output = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
         return output.logits[:, -1]
 
     def _capture(self) -> None:
@@ -137,39 +147,33 @@ class Captured:
         self.graph = graph
 
 
-_captured: WeakKeyDictionary[nn.Module, tuple[tuple, Captured | None]] = WeakKeyDictionary()
+_refused: WeakSet[nn.Module] = WeakSet()
 
 
 def decoder(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_generations: int, longest: int
 ) -> Growing | Captured:
-    """The prompts, read; on CUDA ready to replay a captured step, unless the model refuses, which is said once."""
+    """The prompts, read; on CUDA ready to replay a captured step, unless the model refuses, which is said once.
+
+    Args:
+        longest: tokens of a completion at most.
+    """
     grown = Growing(model, input_ids, attention_mask, num_generations)
-    if not can_capture(input_ids.device):
-        return grown
-    rows, columns = len(grown.place), -(-(input_ids.shape[1] + longest) // ROUND) * ROUND
-    # another shape, or weights that have moved, need another graph; one is kept, for the sake of memory
-    half = (torch.is_autocast_enabled(input_ids.device.type), torch.get_autocast_dtype(input_ids.device.type))
-    key = (rows, columns, next(model.parameters()).data_ptr(), *half)
-    known, captured = _captured.get(model, (None, None))
-    if known == "refused":
+    if not can_capture(input_ids.device, longest) or model in _refused:
         return grown
     try:
-        if known != key:
-            _captured.pop(model, None)
-            captured = Captured(model, rows, columns, input_ids.device)
+        captured = Captured(model, len(grown.place), input_ids.shape[1] + longest, input_ids.device)
         captured.start(grown, num_generations)
-        _captured[model] = (key, captured)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        _captured[model] = ("refused", None)
+        _refused.add(model)
         warnings.warn(f"sampling goes on token by token, without a CUDA graph of {type(model).__name__}: {error}.",
                       stacklevel=2)  # fmt: skip
         return grown
     return captured
 
 
-def can_capture(device: torch.device) -> bool:
-    """CUDA graphs are for CUDA. Elsewhere a cache of fixed size gains nothing."""
-    return device.type == "cuda"
+def can_capture(device: torch.device, longest: int) -> bool:
+    """CUDA graphs are for CUDA, and for more than some tokens. Elsewhere a cache of fixed size gains nothing."""
+    return device.type == "cuda" and longest >= WORTH_IT

@@ -212,7 +212,15 @@ def text_of(path: Path) -> str:
         return ""
 
 
-def prompts_at_once(model: nn.Module, config: GRPOConfig, precision: str, columns: int) -> int:
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of all weights, and of those that are trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    return {"weights": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
+
+
+def prompts_at_once(
+    model: nn.Module, config: GRPOConfig, precision: str, columns: int, *, weights: int, trained: int
+) -> int:
     """For how many prompts to sample together: the more, the fewer times the weights are read for each token.
 
     Keys, values and logits get the room that the gradients take later in a step, or half that of the weights,
@@ -221,6 +229,7 @@ def prompts_at_once(model: nn.Module, config: GRPOConfig, precision: str, column
 
     Args:
         columns: tokens of prompt and completion at most.
+        weights, trained: see `weight_bytes`.
     """
     micro_batches = config.batch_size * (1 if config.gradient_checkpointing else 4)
     known = model.config.get_text_config()
@@ -230,9 +239,7 @@ def prompts_at_once(model: nn.Module, config: GRPOConfig, precision: str, column
         return micro_batches
     cache = 2 * known.num_hidden_layers * heads * width * columns * (4 if precision == "fp32" else 2)
     logits = 28 * model.get_input_embeddings().weight.shape[0]  # in float32, with what `truncate` makes of them
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    room = max(gradients, weights // 2)
+    room = max(trained, weights // 2)
     return max(micro_batches, room // ((cache + logits) * config.num_generations_per_prompt))
 
 

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from grpo_lab import pocket
 from grpo_lab.adapters import add_lora, is_adapted
 from grpo_lab.config import GRPOConfig
-from grpo_lab.decoding import ROUND, Captured, Growing
+from grpo_lab.decoding import Captured, Growing, can_capture
 from grpo_lab.devices import (
     autocast,
     disable_dropout,
     enable_checkpointing,
     free_memory,
+    prompts_at_once,
     resolve_device,
     resolve_precision,
     trainable_in_float32,
+    weight_bytes,
 )
 from grpo_lab.forward import built_like, completion_states
 from grpo_lab.logprobs import token_logprobs, truncate
@@ -340,6 +342,8 @@ class _Shape:
     kept: int
     """Tokens that could have been drawn, at each position; 0 if all could."""
     processes: int = 1
+    sampled_at_once: int = 1
+    """Prompts."""
 
     @classmethod
     def of(cls, config: GRPOConfig, model: nn.Module, precision: str, prompt: int, processes: int = 1) -> "_Shape":
@@ -355,11 +359,6 @@ class _Shape:
     @property
     def micro_batches(self) -> int:
         return -(-self.prompts // self.config.batch_size)
-
-    @property
-    def sampled_at_once(self) -> int:
-        """Prompts, as in the trainer."""
-        return min(self.prompts, self.config.batch_size * (1 if self.config.gradient_checkpointing else 4))
 
     @property
     def shards(self) -> int:
@@ -410,10 +409,13 @@ def _rehearse(
     config, times = shape.config, shape.micro_batches
     policy = Depths(model, lambda copy: _prepared(copy, config))
     standing = policy.each(lambda copy: _standing(copy, shape))
-    merged, gathered = standing.pop("merged"), standing.pop("gathered")
+    merged, gathered, gradients = (standing.pop(name) for name in ("merged", "gathered", "gradients"))
+    columns, sizes = shape.prompt + config.max_new_tokens, policy.each(weight_bytes)
+    together = prompts_at_once(model, config, shape.precision, columns, **sizes)
+    shape = replace(shape, sampled_at_once=min(shape.prompts, together))
     standing["reward model"] = sum(_whole(judge) for judge in judges if judge is not model)
     # ids and mask; sampled, log-probability, kept; twice: as they were sampled, and cut into micro-batches
-    row = (shape.prompt + config.max_new_tokens) * 16 + config.max_new_tokens * (5 + 8 * shape.kept)
+    row = columns * 16 + config.max_new_tokens * (5 + 8 * shape.kept)
     standing["rollouts"] = 2 * shape.prompts * config.num_generations_per_prompt * row
 
     def phase(name: str, counts: list[Count], work: list[tuple[float, list[Work]]], **stays: int) -> Phase:
@@ -422,25 +424,23 @@ def _rehearse(
         return Phase(name, {part: parts[part] + highest.get(part, 0) for part in parts}, work)
 
     # what nearly always decides comes first
-    if sum(standing.values()) > room + standing["gradients"]:
+    if sum(standing.values()) > room:
         return None
-    stays = {"weights": standing["weights"] + gathered, "gradients": standing["gradients"] + gathered}
+    stays = {"weights": standing["weights"] + gathered, "gradients": gradients + gathered}
     if times == 1 and shape.shards == 1:
-        stays["gradients"] = 0  # those of the step before are thrown away, and arise anew as the activations go
+        stays["gradients"] = 0  # they arise as the activations go
     count = policy.each(lambda copy: _update(copy, shape))
-    adam = Work(0, standing["gradients"] // 4 * ADAM_TRAFFIC)
+    adam = Work(0, gradients // 4 * ADAM_TRAFFIC)
     update = phase("update", [count], [*_repeated(times, count), (1, [adam])], **stays)
     if sum(update.parts.values()) > room:
         return None
 
-    reading, *tokens = policy.each(lambda copy: _sampling(copy, shape, captures=device == "cuda"))
+    captures = can_capture(torch.device(device), config.max_new_tokens)
+    reading, *tokens = policy.each(lambda copy: _sampling(copy, shape, captures=captures))
     groups = shape.prompts / shape.sampled_at_once
     each = groups * (config.max_new_tokens - 1) / len(tokens)
     work = [*_repeated(groups, reading), *(part for token in tokens for part in _repeated(each, token))]
     sampling = phase("sampling", [reading, tokens[-1]], work)
-    captured, last = 0, tokens[-1].peak
-    if len(tokens) == 1:  # the graph keeps all that its step computes with, beside the cache
-        captured = last["cache"] + sum(last.values()) - tokens[-1].before
 
     scored = []
     if config.kl_coef > 0:
@@ -449,8 +449,7 @@ def _rehearse(
         scored.append(policy.each(lambda copy: _scoring(copy, shape)))
     scored += [Depths(judge).each(lambda copy: _judging(copy, shape)) for judge in judges]
     work = [part for count in scored for part in _repeated(times, count)]
-    scoring = phase("scoring", scored, work, cache=captured)
-    update.parts["cache"] += captured
+    scoring = phase("scoring", scored, work)
     saving = [phase("saving", [], [], weights=standing["weights"] + merged)] if merged and device != "cuda" else []
     return [sampling, scoring, update, *saving]
 
@@ -513,10 +512,10 @@ def _stage(model: nn.Module, *, trains: bool = True) -> tuple[nn.Module, Rehears
     return hollow if trains else hollow.requires_grad_(False), stage
 
 
-def _counted(stage: Rehearsal, cache: object = None, before: int = 0) -> Count:
+def _counted(stage: Rehearsal, cache: object = None) -> Count:
     layers = getattr(cache, "layers", ())
     held = size_of(x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1)
-    return Count(stage.moments, [(1, stage.work)], held, before)
+    return Count(stage.moments, [(1, stage.work)], held)
 
 
 def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool) -> list[Count]:
@@ -530,9 +529,8 @@ def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool) -> list[Count
         counts = [_counted(stage, says.cache)]
         if captures and (fixed := _captured(model, says, K, ids.shape[1])) is not None:
             stage.reset()
-            before = sum(stage.live.values())
             _one_token(fixed, ids, config)
-            return [*counts, _counted(stage, fixed.cache, before)]
+            return [*counts, _counted(stage, fixed.cache)]
         stage.reset()
         _one_token(says, ids, config)
         counts.append(_counted(stage))
@@ -547,7 +545,7 @@ def _sampling(policy: nn.Module, shape: _Shape, *, captures: bool) -> list[Count
 
 def _captured(model: nn.Module, grown: Growing, num_generations: int, columns: int) -> Captured | None:
     try:
-        says = Captured(model, len(grown.place), -(-columns // ROUND) * ROUND, torch.device("cpu"))
+        says = Captured(model, len(grown.place), columns, torch.device("cpu"))
         says.start(grown, num_generations)
     except (ValueError, TypeError, AttributeError, RuntimeError):  # as decoding.decoder: it goes on without
         return None

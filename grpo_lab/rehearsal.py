@@ -175,8 +175,6 @@ class Count(NamedTuple):
     """How many times which operations."""
     cache: int = 0
     """Bytes of the activations that a cache holds at the end."""
-    before: int = 0
-    """Bytes that lived before."""
 
     @property
     def peak(self) -> dict[str, int]:
@@ -225,8 +223,7 @@ def _further(few, more, steps: int):
         raise ValueError("the two differ")
     if isinstance(few, Count):
         work = [*((times * (1 - steps), w) for times, w in few.work), *((times * steps, w) for times, w in more.work)]
-        moments, *numbers = (_further(getattr(few, n), getattr(more, n), steps) for n in ("moments", "cache", "before"))
-        return Count(moments, work, *numbers)
+        return Count(_further(few.moments, more.moments, steps), work, _further(few.cache, more.cache, steps))
     if isinstance(few, dict):
         if few.keys() != more.keys():
             raise ValueError("the two differ")

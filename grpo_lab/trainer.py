@@ -47,6 +47,7 @@ from grpo_lab.devices import (
     resolve_device,
     resolve_precision,
     trainable_in_float32,
+    weight_bytes,
 )
 from grpo_lab.endings import interrupt_between_steps, memory_explained
 from grpo_lab.forward import evaluating
@@ -144,7 +145,8 @@ class GRPOTrainer:
             judge.to(self.device)
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         columns = self._check_longest_prompts() + config.max_new_tokens
-        self._sampled_at_once = prompts_at_once(self.model, config, self.precision, columns)
+        sizes = weight_bytes(self.model)
+        self._sampled_at_once = prompts_at_once(self.model, config, self.precision, columns, **sizes)
         self._check_enough_prompts()
         self.vllm = self._start_vllm() if config.sampler == "vllm" else None
 
