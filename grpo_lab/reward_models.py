@@ -162,11 +162,6 @@ class Rewards:
         names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """The models inside, to be moved to the device."""
-        return [f.model for f in self.functions if isinstance(getattr(f, "model", None), nn.Module)]
-
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: dict[str, list]) -> Scored:
         """Score B completions; `prompts` and each column have B entries too.
 
