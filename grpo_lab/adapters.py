@@ -48,14 +48,27 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> nn.Modu
         return get_peft_model(model, config)
 
 
+def check_adapter(model: nn.Module) -> None:
+    """Raises ValueError, with the cure, for an adapter that could be trained but neither saved nor merged."""
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError(
+            "tokens in front of the prompt cannot be merged into a model. Use an adapter of its layers: LoRA."
+        )
+    if (active := model.active_adapters) != ["default"]:
+        raise ValueError(
+            f'the adapter to train must be called "default" and be the only active one, got {", ".join(active)}. '
+            'Load it with adapter_name="default", and merge_and_unload() what lies under it.'
+        )
+
+
 def merged(model: nn.Module) -> nn.Module:
-    """A plain copy of the model, in main memory, with its adapter added into the weights."""
-    device = next(model.parameters()).device
-    try:
-        whole = copy.deepcopy(model.cpu())  # there is often no room for a second one on a GPU
-    finally:
-        model.to(device)
-    return whole.merge_and_unload(safe_merge=True)
+    """A plain copy of the model, in main memory, with its adapter added into the weights.
+
+    The model itself stays where it is: a GPU often has no room for a second one, and a captured step knows its weights
+    by their addresses.
+    """
+    copies = {id(w): nn.Parameter(w.detach().to("cpu", copy=True), w.requires_grad) for w in model.parameters()}
+    return copy.deepcopy(model, copies).cpu().merge_and_unload(safe_merge=True)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

@@ -103,9 +103,15 @@ def make_optimizer(model: nn.Module, config: GRPOConfig, device: torch.device) -
     scale of its own, so that 8 bytes per weight become 2 and a bit; of a tensor with fewer than 4096 weights they
     stay in float32. Weights whose gradients are tiny beside others of their block go another way than AdamW's.
 
-    Raises: ValueError where bitsandbytes is not installed, or cannot take such a step on this device.
+    Raises: ValueError where all weights are frozen, bitsandbytes is not installed, or cannot take such a step on this
+        device.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "all weights of the model are frozen: there is nothing to train. An adapter that was saved? "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True)."
+        )
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, **settings, fused=device.type in ("cpu", "cuda"))

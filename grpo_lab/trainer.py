@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from grpo_lab import checkpoints
-from grpo_lab.adapters import add_lora, is_adapted, merged
+from grpo_lab.adapters import add_lora, check_adapter, is_adapted, merged
 from grpo_lab.advantages import discounted, group_advantages
 from grpo_lab.batches import Batch, MicroBatch, StepRecord, UpdateSums, batch_metrics, cut
 from grpo_lab.config import GRPOConfig
@@ -732,6 +732,8 @@ class GRPOTrainer:
             )
         if config.lora_rank:
             model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+        if is_adapted(model):
+            check_adapter(model)
         trainable_in_float32(model)
         self.processes.take_weights(model.to(self.device))
         if config.kl_coef == 0:
