@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lab.data import Prompt, encode_prompt
+from grpo_lab.data import Prompt, chat_text, encode_prompt
 from grpo_lab.forward import evaluating
 from grpo_lab.rewards import RewardFunction
 from grpo_lab.sampling import left_pad, pad_token_id
@@ -75,7 +75,7 @@ class SequenceClassifierReward:
         chat = [*prompt, {"role": "assistant", "content": completion}]
         if self.tokenizer.chat_template is None:
             return self.tokenizer("\n".join(message["content"] for message in chat))["input_ids"]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        text = chat_text(self.tokenizer, chat)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 
