@@ -298,7 +298,7 @@ class GRPOTrainer:
                 total=tokens if config.aggregation == "token-mean" else completions,
             )
             if not part.idle:
-                self.accelerator.backward(terms.loss * factor)
+                self._backward(terms.loss * factor)
             if factor == 0:
                 continue
             if batch.updates == 0:
@@ -332,6 +332,11 @@ class GRPOTrainer:
         if self.step == 0:
             self._check_first_update(sums)
         return metrics
+
+    def _backward(self, loss: Tensor) -> None:
+        # not accelerate's, which divides by how many steps its environment, or another trainer here, accumulates over
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def _step_optimizer(self) -> float:
         scaler = self.accelerator.scaler
