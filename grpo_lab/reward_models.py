@@ -233,7 +233,7 @@ def _in_time(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
     """What `work()` returns. With a timeout it runs in a thread of its own, the only thing that can be left behind."""
     if timeout is None:
         words = f"{what} has run for {PATIENCE:g} s. Does it hang? --reward-timeout SECONDS would stop it."
-        notice = threading.Timer(PATIENCE, warnings.warn, [words])
+        notice = threading.Timer(PATIENCE, warnings.warn, [words, RuntimeWarning])
         notice.daemon = True
         notice.start()
         try:

@@ -167,6 +167,7 @@ def matches_format(pattern: str) -> RewardFunction:
             warnings.warn(
                 f"the pattern {pattern[:80]!r} takes more than {MAX_SECONDS} s for some completions, which score 0. "
                 "Does it repeat what is repeated already, as (a+)+ does?",
+                RuntimeWarning,
                 stacklevel=2,
             )
             return False

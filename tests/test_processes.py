@@ -185,13 +185,16 @@ def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_any_process_is_said(tmp_path):
+def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os\ndef f(prompts, completions):\n    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
+        "import os, time\nfrom grpo_lab import reward_models\nreward_models.PATIENCE = 0.5\n"
+        "def f(prompts, completions):\n    time.sleep(2 * int(os.environ['RANK']))\n"
+        "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
     )
     flags = ["--max-steps", "2", "--output-dir", "run", "--device", "cpu", "--reward", "mine.py:f"]
     done = launch([*TORCHRUN, "-m"], "grpo_lab.train_grpo", *flags, folder=tmp_path)
     assert done.returncode != 0
+    assert "process 1: the reward function 'f' on " in done.stderr
     assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
     assert "grpo_lab/trainer.py" not in done.stderr  # no traceback but the launcher's
 
