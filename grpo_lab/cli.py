@@ -369,8 +369,8 @@ def doctor_command(options: argparse.Namespace) -> int:
 
     problems = []
     for row in examine(Path(options.output_dir)):
-        cure = f"\n{'':19} → {row.cure}" if row.cure else ""
-        print(f"{row.state:8} {row.name:10} {row.words}{cure}", flush=True)
+        cure = f"\n{'':22} → {row.cure}" if row.cure else ""
+        print(f"{row.state:8} {row.name:13} {row.words}{cure}", flush=True)
         problems += [row.name] if row.stops else []
     print(f"\nA run would stop: {', '.join(problems)}." if problems else "\nNothing here stops a run.")
     return 1 if problems else 0
