@@ -735,6 +735,8 @@ class GRPOTrainer:
             raise ValueError(
                 "fsdp shards a model that is trained whole, in fp32 or bf16. Leave out fsdp: an adapter is small."
             )
+        if config.fsdp and config.optimizer == "adamw_8bit":
+            raise ValueError("bitsandbytes takes no shards. Use optimizer adamw: with fsdp each process keeps a share.")
         if config.lora_rank:
             model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
         if is_adapted(model):

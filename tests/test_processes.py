@@ -221,6 +221,11 @@ def test_one_process_has_nobody_to_share_its_weights_with(tmp_path):
     assert difference(tmp_path / "plain", tmp_path / "shards") == 0
 
 
+def test_shards_and_an_optimizer_that_knows_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="bitsandbytes takes no shards"):
+        run(str(tmp_path), {"fsdp": True, "optimizer": "adamw_8bit"})
+
+
 @pytest.mark.parametrize("changes", [{"lora_rank": 4}, {"precision": "fp16", "device": "auto"}])
 def test_shards_of_an_adapter_or_in_fp16_are_refused(tmp_path, changes, monkeypatch):
     monkeypatch.setattr("grpo_lab.trainer.resolve_precision", lambda name, device: name)
