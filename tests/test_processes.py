@@ -162,6 +162,11 @@ def test_the_model_that_is_sharded_can_be_its_own_judge(differing, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_waits_for_one_that_is_slow_much_longer_than_ten_minutes(differing):
+    assert differing[0]["patience"] == [6 * 3600] * 2
+
+
+@pytest.mark.slow
 def test_a_weight_that_one_process_alone_has_used_gets_its_gradient_in_all(differing):
     of_each = [[3.0, 3.0], None, [2.0, 2.0]]  # used by one, by none, by both
     assert differing[0]["gradients"] == of_each * 2

@@ -84,6 +84,9 @@ def differ(folder: str) -> dict:
         trainer = run(f"{folder}/judge", {"fsdp": True, "max_steps": 2}, model=model, reward=model)
     found["judge"] = [trainer.metrics_file.read()[-1]["reward"]]
 
+    group = torch.distributed.distributed_c10d._get_default_group()
+    found["patience"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()]
+
     used, unused, everywhere = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     model = nn.ParameterList([used, unused, everywhere])
     (everywhere.sum() + used.sum() * 3 if index else everywhere.sum()).backward()
