@@ -49,6 +49,19 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> nn.Modu
         return get_peft_model(model, config)
 
 
+def check_adapter(model: nn.Module) -> None:
+    """Raises ValueError, with the cure, for an adapter that could be trained but neither saved nor merged."""
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError(
+            "tokens in front of the prompt cannot be merged into a model. Use an adapter of its layers: LoRA."
+        )
+    if (active := model.active_adapters) != ["default"]:
+        raise ValueError(
+            f'the adapter to train must be called "default" and be the only active one, got {", ".join(active)}. '
+            'Load it with adapter_name="default", and merge_and_unload() what lies under it.'
+        )
+
+
 def merged(model: nn.Module) -> nn.Module:
     """A plain copy of the model, in main memory, with its adapter added into the weights; to be saved, not trained.
 

@@ -91,12 +91,15 @@ class Apart:
         Raises: ValueError if the judge cannot work, or cannot read the right answer.
         """
         with self.lock:
+            if self.process is not None and self.process.poll() is not None:
+                self.stop()  # it ended since its last answer, which is not this one's fault
             if self.process is None:
                 self._start()
             reply = self._exchange([text, right], MAX_SECONDS)
         if reply is None:
             warnings.warn(
                 f"{PACKAGES[self.module]} takes more than {MAX_SECONDS:g} s for some answers, which score 0.",
+                RuntimeWarning,
                 stacklevel=2,
             )
             return 0.0

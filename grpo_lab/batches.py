@@ -104,11 +104,23 @@ class Batch:
     updates: int = 0
     """Optimizer steps made on it so far."""
 
+    def saved(self) -> dict[str, Any]:
+        """As plain values, and tensors in main memory: another process's GPU is not for these."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: plain(v) for name, v in value.items()}
+            return value.cpu() if isinstance(value, Tensor) else value
+
+        parts = [{f.name: plain(getattr(part, f.name)) for f in fields(part)} for part in self.parts]
+        parts = [{**part, "rollouts": plain(vars(part["rollouts"]))} for part in parts]
+        return {**vars(self), "parts": parts}
+
     @classmethod
     def restored(
         cls, saved: list[dict[str, Any]], processes: Processes, num_generations: int, device
     ) -> "Batch | None":
-        """What this process has of a batch that was saved by `dataclasses.asdict`, one of each process; None of none.
+        """What this process has of a batch, given what each process has `saved` of it; None of nothing.
 
         With another number of processes the groups are shared out anew.
         """

@@ -59,7 +59,8 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     try:
         unfinished.mkdir(parents=True)
         # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
-        how = {"save_embedding_layers": False} if is_adapted(model) else {"max_shard_size": "1000GB"}
+        how = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        how = how if is_adapted(model) else {"max_shard_size": "1000GB"}
         with without_progress_bars():
             model.save_pretrained(unfinished, **how)
         tokenizer.save_pretrained(unfinished)

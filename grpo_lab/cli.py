@@ -72,8 +72,10 @@ def _speaker() -> str:
 def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
     from tqdm import tqdm
 
-    if _rank() == 0:
-        tqdm.write(f"grpo-lab: {' '.join(str(message).split())}", file=sys.stderr)  # above the bar, not into it
+    alone = issubclass(category, RuntimeWarning)  # of what this process does: a reward that is slow on its completions
+    if _rank() == 0 or alone:
+        who = _speaker() if alone else "grpo-lab"
+        tqdm.write(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)  # above the bar, not into it
 
 
 def _and_how_to_go_on(interrupt: KeyboardInterrupt) -> str:
@@ -367,8 +369,8 @@ def doctor_command(options: argparse.Namespace) -> int:
 
     problems = []
     for row in examine(Path(options.output_dir)):
-        cure = f"\n{'':19} → {row.cure}" if row.cure else ""
-        print(f"{row.state:8} {row.name:10} {row.words}{cure}", flush=True)
+        cure = f"\n{'':22} → {row.cure}" if row.cure else ""
+        print(f"{row.state:8} {row.name:13} {row.words}{cure}", flush=True)
         problems += [row.name] if row.stops else []
     print(f"\nA run would stop: {', '.join(problems)}." if problems else "\nNothing here stops a run.")
     return 1 if problems else 0

@@ -81,8 +81,9 @@ def check_prompt(prompt: Any, index: int) -> None:
 
 def checked_dataset(dataset, name: str):
     """The dataset, if a trainer can use it; raises TypeError or ValueError, with the cure, if not."""
-    if dataset is None or isinstance(dataset, str) or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {dataset!r}.")
+    if isinstance(dataset, str | dict) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        got = f"{type(dataset).__name__}: take one split of it" if isinstance(dataset, dict) else repr(dataset)
+        raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {got}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: at least one prompt is needed.")
     if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
@@ -111,16 +112,33 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
                 "the prompts are chats, but the tokenizer has no chat template. "
                 "Use text prompts, or the tokenizer of an instruct model."
             )
-        try:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:  # some know no system's turn
-            raise ValueError(
-                f"the tokenizer's chat template refuses a prompt: {error}. Chats of other roles?"
-            ) from None
+        text = chat_text(tokenizer, prompt, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
     if not ids:
         raise ValueError(f"the tokenizer leaves nothing of the prompt {str(prompt)[:60]!r}.")
     return list(ids)
+
+
+def chat_text(tokenizer, chat: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    """A chat as the tokenizer's template writes it.
+
+    Some templates refuse a system's turn (Gemma's), some leave it out without a word: then what it says begins the
+    user's turn.
+    Raises: ValueError if the template refuses the chat.
+    """
+    roles = [message["role"] for message in chat[:2]]
+    system = chat[0]["content"].strip() if roles == ["system", "user"] else ""
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, tokenize=False)
+        if system in text:
+            return text
+    except TemplateError as error:
+        if not system:
+            raise ValueError(
+                f"the tokenizer's chat template refuses a prompt: {error}. Other roles, in turn?"
+            ) from None
+    first = {**chat[1], "content": f"{system}\n\n{chat[1]['content']}"}
+    return chat_text(tokenizer, [first, *chat[2:]], add_generation_prompt=add_generation_prompt)
 
 
 def longest_prompts(dataset, number: int = 8) -> list[Prompt]:

@@ -5,6 +5,7 @@ import ctypes
 import os
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +22,9 @@ from grpo_lab.config import GRPOConfig
 SMALL_MODEL = 10_000_000  # weights
 CGROUP = Path("/sys/fs/cgroup")
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+# For another process that is at work: a slow reward, a checkpoint on a slow disk. NCCL by itself ends a run after ten
+# minutes. One that has ended is noticed at once, by its connections or by the launcher.
+PATIENCE = timedelta(hours=6)
 
 
 def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], folder: str) -> Accelerator:
@@ -41,6 +46,7 @@ def make_accelerator(device: str, precision: str, trackers: tuple[str, ...], fol
         mixed_precision="fp16" if precision == "fp16" else "no",
         log_with=list(trackers) or None,
         project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise ValueError(
@@ -103,9 +109,15 @@ def make_optimizer(model: nn.Module, config: GRPOConfig, device: torch.device) -
     scale of its own, so that 8 bytes per weight become 2 and a bit; of a tensor with fewer than 4096 weights they
     stay in float32. Weights whose gradients are tiny beside others of their block go another way than AdamW's.
 
-    Raises: ValueError where bitsandbytes is not installed, or cannot take such a step on this device.
+    Raises: ValueError where all weights are frozen, bitsandbytes is not installed, or cannot take such a step on this
+        device.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "all weights of the model are frozen: there is nothing to train. An adapter that was saved? "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True)."
+        )
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, **settings, fused=device.type in ("cpu", "cuda"))

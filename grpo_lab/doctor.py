@@ -24,6 +24,8 @@ COSTS = {  # packages that a run can do without
     "matplotlib": "no training.png, no `grpo-lab plot`, no figures in the notebooks",
     "datasets": "no --dataset, no --eval-dataset",
     "peft": "no --lora-rank",
+    "math-verify": "no --reward math_answer",
+    "reasoning-gym": "no --task reasoning-gym:NAME",
 }
 
 

@@ -1,5 +1,6 @@
 """How a run ends before its time: by Ctrl-C, by the cluster, or for want of memory."""
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def memory_explained(device: torch.device, precision: str, config: GRPOConfig) -
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        said = re.search("out of memory|can't allocate memory", str(error))  # CUDA's driver, Apple's MPS; a CPU
+        if not (said or isinstance(error, torch.OutOfMemoryError)):
             raise
         words = OUT_OF_MEMORY.format(
             device=device, rows=config.batch_size * config.num_generations_per_prompt, length=config.max_new_tokens,
@@ -55,6 +57,8 @@ def interrupt_between_steps() -> Iterator[list[int]]:
         print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None is not Python's to put back; what is ignored stays so, as for a run in the background of a shell script
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     try:
         for number in before:
             signal.signal(number, note)

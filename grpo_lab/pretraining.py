@@ -272,7 +272,7 @@ def read(
     """
     model.train()
     optimizers = make_optimizers(model, learning_rate, muon=muon)
-    scaler = torch.amp.GradScaler(enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")
     began, step, losses = time.perf_counter(), 0, []
     while True:
         spent, budget = (step, steps) if steps else (time.perf_counter() - began, seconds)
@@ -287,11 +287,14 @@ def read(
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # the norm of all makes every gradient NaN if one is, and the scaler looks at each optimizer's own, before
+        whole = not scaler.is_enabled() or norm.isfinite()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            scaler.step(optimizer)
+            if whole:
+                scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
         step += 1

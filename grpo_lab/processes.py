@@ -62,20 +62,47 @@ class Processes:
         """Until all are here."""
         self.together([])
 
+    def agree(self, what: str, mine: Any) -> None:
+        """Raises ValueError in all processes if they have not the same."""
+        if len(set(self.together([mine]))) > 1:
+            raise ValueError(
+                f"the processes of this run have different {what}. Is it drawn or shuffled without a seed? Give one: "
+                "each process must make the same."
+            )
+
+    @torch.no_grad()
+    def take_weights(self, model: nn.Module) -> None:
+        """Give the model the weights of the first process's: from others, gradients that are added up lead nowhere."""
+        if self.count > 1:
+            with _everyone_there():
+                for value in [*model.parameters(), *model.buffers()]:
+                    sent = value.detach().contiguous()
+                    distributed.broadcast(sent.view(-1).view(torch.uint8), 0)  # bytes: gloo knows few types
+                    value.copy_(sent)
+
     @torch.no_grad()
     def add_gradients(self, model: nn.Module) -> None:
         """Each gradient becomes the sum of those of all processes: each has divided by the totals of all already."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
-        if self.count > 1:
-            with _everyone_there():
-                for sent in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                    sent.wait()
+        if self.count == 1:
+            return
+        weights = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        # what only others have used, an expert say, has no gradient here: each must send as many as the others await
+        used = zip(weights, *self.together([[p.grad is not None for p in weights]]), strict=True)
+        sent = []
+        with _everyone_there():
+            for parameter in [p for p, *by in used if any(by)]:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                sent.append(distributed.all_reduce(parameter.grad, async_op=True))
+            for gradient in sent:
+                gradient.wait()
 
 
 @contextmanager
 def _everyone_there() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # is a RuntimeError too, and nobody else's fault
+        raise
     except RuntimeError as error:  # gloo's and NCCL's: a connection that was closed, a process that does not answer
         raise ConnectionError(
             "another process of this run has ended, or does not answer; what it printed says why. --resume "
@@ -129,32 +156,29 @@ def scatter_weights(whole: nn.Module, model: nn.Module) -> None:
 
 
 def gather_state(optimizer, processes: Processes) -> dict:
-    """The optimizer's state dict with whole tensors, as that of one process; without contents in all but the first.
+    """The optimizer's state dict as that of one process, in the first; the others, which do not write, get no tensors.
 
-    One tensor is whole at a time, and then in main memory: where shards are needed there is no room for all.
+    Of shards one at a time is made whole and goes to main memory: a device that trains need not hold all.
     """
-    state = optimizer.state_dict()
 
     def whole(value):
-        if not isinstance(value, DTensor):
-            return value
-        value = value.full_tensor()  # by all together
-        return value.cpu() if processes.is_first else None
+        value = full(value).cpu() if isinstance(value, DTensor) else value
+        return value if processes.is_first else None
 
+    state = optimizer.state_dict()
     with _everyone_there():
-        return {**state, "state": {i: {name: whole(v) for name, v in values.items()}
-                                   for i, values in state["state"].items()}}  # fmt: skip
+        values = {i: {name: whole(v) for name, v in some.items()} for i, some in state["state"].items()}
+    return {**state, "state": values}
 
 
 def scatter_state(state: dict, optimizer) -> dict:
-    """A whole state dict with its tensors in shards, as the optimizer's weights are."""
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-
-    def part(value, parameter):
-        return _like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
-
-    return {**state, "state": {i: {name: part(v, parameters[i]) for name, v in values.items()}
-                               for i, values in state["state"].items()}}  # fmt: skip
+    """A whole state dict sharded as the optimizer's weights are, one tensor at a time."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shards = {
+        i: {name: _like(v, parameters[i]) if v.shape == parameters[i].shape else v for name, v in values.items()}
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": shards}
 
 
 def full(value):
@@ -173,7 +197,9 @@ def as_many(parts: Sequence, processes: Processes) -> list[tuple[Any, float]]:
     """Micro-batches, as many in every process, each with a factor for its loss: a pass of shards is one of all at once.
 
     FSDP takes the mean over processes, of what is to be a sum, hence their number as the factor; where a process has
-    fewer micro-batches, its first comes again, with factor 0.
+    fewer micro-batches, its first comes again, with factor 0. None is idle, as a rollout may be that one process saved.
     """
+    for part in parts:
+        part.idle = False
     most = max(processes.together([len(parts)]))
     return [(part, float(processes.count)) for part in parts] + [(parts[0], 0.0)] * (most - len(parts))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lab.data import Prompt, encode_prompt
+from grpo_lab.data import Prompt, chat_text, encode_prompt
 from grpo_lab.forward import evaluating
 from grpo_lab.rewards import RewardFunction
 from grpo_lab.sampling import left_pad, pad_token_id
@@ -75,7 +75,7 @@ class SequenceClassifierReward:
         chat = [*prompt, {"role": "assistant", "content": completion}]
         if self.tokenizer.chat_template is None:
             return self.tokenizer("\n".join(message["content"] for message in chat))["input_ids"]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        text = chat_text(self.tokenizer, chat)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 
@@ -162,11 +162,6 @@ class Rewards:
         names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """The models inside, to be moved to the device."""
-        return [f.model for f in self.functions if isinstance(getattr(f, "model", None), nn.Module)]
-
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: dict[str, list]) -> Scored:
         """Score B completions; `prompts` and each column have B entries too.
 
@@ -238,7 +233,7 @@ def _in_time(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
     """What `work()` returns. With a timeout it runs in a thread of its own, the only thing that can be left behind."""
     if timeout is None:
         words = f"{what} has run for {PATIENCE:g} s. Does it hang? --reward-timeout SECONDS would stop it."
-        notice = threading.Timer(PATIENCE, warnings.warn, [words])
+        notice = threading.Timer(PATIENCE, warnings.warn, [words, RuntimeWarning])
         notice.daemon = True
         notice.start()
         try:

@@ -105,15 +105,19 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
 
 
 # A minus right after a digit or a bracket is an operator, not a sign: "5-3" ends in 3.
-# A number is read whole, however long: the tail of a long one is another number.
-_NUMBER = re.compile(r"(?:(?<![)\w.])[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\w)\.\d+)(?!\d)")
+# A number is read whole, however long: the tail of a long one is another number. So is a fraction; a date is none.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_NUMBER = re.compile(
+    rf"(?:(?<![)\w.])[-\u2212])?\$?"
+    rf"(?:(?<![./]){_WHOLE}/[1-9]\d*(?![/\d]|[.,]\d)|{_WHOLE}(?:\.\d+)?|(?<!\w)\.\d+)(?!\d)"
+)
 
 
 def final_number(text: str) -> Fraction | None:
     """The number a solution ends with, exactly; None if there is none. See `numeric_answer` for which one it is.
 
-    >>> final_number("12 - 5 = 7"), final_number("#### $1,000"), final_number("minus five")
-    (Fraction(7, 1), Fraction(1000, 1), None)
+    >>> final_number("12 - 5 = 7"), final_number("#### $1,000"), final_number("a half, 1/2"), final_number("minus five")
+    (Fraction(7, 1), Fraction(1000, 1), Fraction(1, 2), None)
     """
     text = text[-MAX_TEXT:]
     _, marker, after = text.rpartition("####")
@@ -167,6 +171,7 @@ def matches_format(pattern: str) -> RewardFunction:
             warnings.warn(
                 f"the pattern {pattern[:80]!r} takes more than {MAX_SECONDS} s for some completions, which score 0. "
                 "Does it repeat what is repeated already, as (a+)+ does?",
+                RuntimeWarning,
                 stacklevel=2,
             )
             return False

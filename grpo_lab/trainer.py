@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from grpo_lab import checkpoints
-from grpo_lab.adapters import add_lora, is_adapted, merged
+from grpo_lab.adapters import add_lora, check_adapter, is_adapted, merged
 from grpo_lab.advantages import discounted, group_advantages
 from grpo_lab.batches import Batch, MicroBatch, StepRecord, UpdateSums, batch_metrics, cut
 from grpo_lab.config import GRPOConfig
@@ -134,6 +133,7 @@ class GRPOTrainer:
         self.accelerator = make_accelerator(device, self.precision, config.trackers, config.output_dir)
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator.num_processes, self.accelerator.process_index)
+        self._check_enough_prompts()
 
         model = self._prepare_models(model, ref_model)
         self.policy, self._scores = self.model, completion_scores  # what samples, and how the update scores
@@ -141,13 +141,13 @@ class GRPOTrainer:
         if self._sharded:
             self.policy, self._scores = shard(model, completion_scores, self.processes, self.device)
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
-        for judge in self.rewards.models:
-            judge.to(self.device)
+        for function in self.rewards.functions:
+            if isinstance(judge := getattr(function, "model", None), nn.Module):
+                function.model = self.policy if judge is self.model else judge.to(self.device)  # shards say nothing
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         columns = self._check_longest_prompts() + config.max_new_tokens
         sizes = weight_bytes(self.model)
         self._sampled_at_once = prompts_at_once(self.model, config, self.precision, columns, **sizes)
-        self._check_enough_prompts()
         self.vllm = self._start_vllm() if config.sampler == "vllm" else None
 
         self.order = PromptOrder(len(self.train_dataset), config.prompts_per_step, config.seed)
@@ -299,7 +299,7 @@ class GRPOTrainer:
                 total=tokens if config.aggregation == "token-mean" else completions,
             )
             if not part.idle:
-                self.accelerator.backward(terms.loss * factor)
+                self._backward(terms.loss * factor)
             if factor == 0:
                 continue
             if batch.updates == 0:
@@ -333,6 +333,11 @@ class GRPOTrainer:
         if self.step == 0:
             self._check_first_update(sums)
         return metrics
+
+    def _backward(self, loss: Tensor) -> None:
+        # not accelerate's, which divides by how many steps its environment, or another trainer here, accumulates over
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def _step_optimizer(self) -> float:
         scaler = self.accelerator.scaler
@@ -567,7 +572,7 @@ class GRPOTrainer:
             alone = self.processes.count == 1 or (self.processes.is_first and not (self.batch or self._sharded))
             if self.step and alone and not folder.exists():
                 with suppress(Exception):  # the fault itself is what matters
-                    checkpoints.save(folder, self.policy, self.tokenizer, self._state())
+                    checkpoints.save(folder, self.policy, self.tokenizer, self._state(alone=True))
             if self.step and checkpoints.all_checkpoints(self.output_dir):
                 error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
             raise
@@ -595,8 +600,8 @@ class GRPOTrainer:
         elif self.step == 0:
             if self.processes.is_first:
                 checkpoints.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
-            set_seed(self.config.seed)  # for dropout, and for reward functions that draw
-        self.processes.wait()
+            set_seed((self.config.seed + self.processes.index) % 2**32)  # for dropout, and reward functions that draw
+        self.processes.agree("training data", self._identity()["training data"])
         if self.config.trackers:
             wandb = {"name": self.config.wandb_run_name, "dir": str(self.output_dir)}
             settings = {
@@ -684,7 +689,8 @@ class GRPOTrainer:
         checkpoints.load_weights(self.policy, path)
         if self._sharded:
             scatter_weights(self.policy, self.model)
-        self.optimizer.load_state_dict(scatter_state(state["optimizer"], self.optimizer))
+            state["optimizer"] = scatter_state(state["optimizer"], self.optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -693,10 +699,12 @@ class GRPOTrainer:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.unlogged = state["unlogged"]
         self.batch = Batch.restored(state["batch"], self.processes, self.config.num_generations_per_prompt, self.device)
-        checkpoints.restore_random_state(state["random"])
+        states = state["random"]  # each process draws its own; of a fault's checkpoint, or of fewer, the last must do
+        checkpoints.restore_random_state(states[min(self.processes.index, len(states) - 1)])
 
-    def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+    def _state(self, *, alone: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds besides weights; `alone`: without asking the other processes, who may be gone."""
+        scaler, together = self.accelerator.scaler, self.processes.together
         return {
             "step": self.step,
             "num_tokens": self.num_tokens,
@@ -707,9 +715,9 @@ class GRPOTrainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "order": self.order.state_dict(),
             # a rollout that is not used up, as each process has it
-            "batch": self.processes.together([asdict(self.batch)]) if self.batch is not None else [],
+            "batch": together([self.batch.saved()]) if self.batch is not None else [],
             "unlogged": self.unlogged,
-            "random": checkpoints.random_state(),
+            "random": [checkpoints.random_state()] if alone else together([checkpoints.random_state()]),
             "run": self._identity(),
         }
 
@@ -730,9 +738,14 @@ class GRPOTrainer:
             raise ValueError(
                 "fsdp shards a model that is trained whole, in fp32 or bf16. Leave out fsdp: an adapter is small."
             )
+        if config.fsdp and config.optimizer == "adamw_8bit":
+            raise ValueError("bitsandbytes takes no shards. Use optimizer adamw: with fsdp each process keeps a share.")
         if config.lora_rank:
             model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+        if is_adapted(model):
+            check_adapter(model)
         trainable_in_float32(model)
+        self.processes.take_weights(model.to(self.device))
         if config.kl_coef == 0:
             ref_model = None  # what is not needed is neither kept on the device nor computed
         elif ref_model is None and not is_adapted(model):
@@ -742,8 +755,8 @@ class GRPOTrainer:
             if sizes[0] != sizes[1]:
                 raise ValueError(f"model and ref_model must share a vocabulary, got {sizes[0]} and {sizes[1]} tokens.")
             match_precision(ref_model, model)  # so that the KL to an untouched reference is exactly 0
-            ref_model.requires_grad_(False).to(self.device)
-        self.ref_model, self.model = ref_model, model.to(self.device)
+            self.processes.take_weights(ref_model.requires_grad_(False).to(self.device))
+        self.ref_model, self.model = ref_model, model
         if config.disable_dropout:
             disable_dropout(model)
         if config.gradient_checkpointing:

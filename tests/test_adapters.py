@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_architecture, tiny_model
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer, weights
 from transformers import AutoModelForCausalLM
@@ -83,14 +83,18 @@ def test_a_checkpoint_loads_with_peft_and_the_final_model_with_transformers_alon
     assert (final(IDS).logits - tiny_model()(IDS).logits).abs().max() > 0.01
 
 
-def test_merging_leaves_the_model_as_it_is():
+def test_merging_leaves_the_model_as_it_is_and_where_it_is(monkeypatch):
     model = add_lora(tiny_model(), rank=2, alpha=32, seed=0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     before, logits = weights_of(model), model(IDS).logits
+    moved, apply = [], torch.nn.Module._apply  # what to(), cpu() and cuda() do
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda m, *how: (moved.append(m), apply(m, *how))[1])
     torch.testing.assert_close(merged(model)(IDS).logits, logits)
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(model), strict=True))
+    assert moved
+    assert not any(m is model for m in moved)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -147,6 +151,37 @@ def test_a_model_that_comes_with_its_adapter_is_trained_as_it_is(tmp_path):
     assert torch.equal(weights(ours), weights(given))
     with pytest.raises(ValueError, match="carries an adapter already"):
         make_trainer(tmp_path / "c", model=given.model, lora_rank=2)
+
+
+def given(name="default", config=None):
+    return get_peft_model(tiny_model(), config or LoraConfig(r=2, target_modules="all-linear"), adapter_name=name)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_another_adapter_beside_the_one_that_is_trained_is_left_alone(tmp_path):
+    model = given()
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    run = make_trainer(tmp_path / "run", model=model, save_steps=1)
+    list(run.steps())
+    again = given()
+    load_weights(again, tmp_path / "run" / "checkpoint-3")
+    torch.testing.assert_close(again(IDS).logits, run.model(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_an_adapter_that_could_not_be_saved_is_refused_before_it_is_trained(tmp_path):
+    with pytest.raises(ValueError, match='must be called "default" and be the only active one, got mine'):
+        make_trainer(tmp_path, model=given("mine"))
+    with pytest.raises(ValueError, match="tokens in front of the prompt cannot be merged"):
+        make_trainer(tmp_path, model=given(config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_an_adapter_that_was_loaded_frozen_is_refused(tmp_path):
+    given().save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"all weights of the model are frozen.*is_trainable=True"):
+        make_trainer(tmp_path / "run", model=frozen)
 
 
 def test_a_damaged_adapter_is_named_and_the_checkpoint_before_is_used(tmp_path):

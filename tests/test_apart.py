@@ -83,10 +83,18 @@ def test_what_would_compute_for_ever_is_ended_and_the_next_answer_is_judged(math
     assert math("#### 7", "7") == 1.0  # it runs
     monkeypatch.setattr(apart, "MAX_SECONDS", 0.5)
     began = time.monotonic()
-    with pytest.warns(UserWarning, match=r"math-verify takes more than 0\.5 s for some answers, which score 0"):
+    with pytest.warns(RuntimeWarning, match=r"math-verify takes more than 0\.5 s for some answers, which score 0"):
         assert math(text, "7") == 0.0
     assert time.monotonic() - began < 20
     monkeypatch.undo()
+    assert math("#### 7", "7") == 1.0
+
+
+def test_a_judge_that_ended_since_its_last_answer_is_no_fault_of_the_next(math):
+    assert math("#### 7", "7") == 1.0
+    judge = Apart.of("math_verify")
+    judge.process.kill()  # as a system does that is short of memory
+    judge.process.wait()
     assert math("#### 7", "7") == 1.0
 
 

@@ -12,6 +12,8 @@ from grpo_lab.data import (
     PromptOrder,
     SimplePromptDataset,
     as_chats,
+    chat_text,
+    checked_dataset,
     countdown_dataset,
     countdown_expressions,
     countdown_problems,
@@ -296,10 +298,37 @@ def test_countdown_says_what_it_does_not_have():
         countdown_dataset(1, numbers=5)
 
 
-def test_a_chat_template_that_knows_no_system_prompt_is_said(tokenizer):
-    refusal = "{{ raise_exception('System role not supported') }}"
-    tokenizer.chat_template = f"{{% if messages[0].role == 'system' %}}{refusal}{{% endif %}}1"
-    chat = as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]
-    with pytest.raises(ValueError, match="chat template refuses a prompt: System role not supported"):
-        encode_prompt(tokenizer, chat)
-    assert encode_prompt(tokenizer, chat[1:]) == tokenizer("1")["input_ids"]
+MESSAGES = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [MESSAGES, REFUSES + MESSAGES], ids=["drops it", "refuses it"])
+def test_what_a_template_without_a_system_turn_would_lose_begins_the_users_turn(tokenizer, template):
+    tokenizer.chat_template = template
+    chat = as_chats(SimplePromptDataset(["2+2="]), "Be brief. ")[0]["prompt"]
+    assert chat_text(tokenizer, chat) == "<user>Be brief.\n\n2+2="
+    answered = [*chat, {"role": "assistant", "content": "4"}]
+    assert chat_text(tokenizer, answered) == "<user>Be brief.\n\n2+2=<assistant>4"
+    assert encode_prompt(tokenizer, chat) == tokenizer("<user>Be brief.\n\n2+2=")["input_ids"]
+    assert chat_text(tokenizer, chat[1:]) == "<user>2+2="
+
+
+def test_a_system_turn_that_the_template_writes_stays_where_it_is(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+    chat = as_chats(SimplePromptDataset(["2+2="]), " Be brief. ")[0]["prompt"]
+    assert chat_text(tokenizer, chat) == "<system>Be brief.<user>2+2="
+
+
+def test_a_chat_that_its_template_refuses_is_said(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    for chat in (CHAT, as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]):
+        with pytest.raises(ValueError, match="chat template refuses a prompt: roles must alternate"):
+            encode_prompt(tokenizer, chat)
+
+
+def test_a_dataset_of_several_splits_or_without_a_length_is_none():
+    rows = datasets.Dataset.from_dict({"prompt": ["2+2="]})
+    with pytest.raises(TypeError, match=r"train_dataset must be .*, got DatasetDict: take one split of it"):
+        checked_dataset(datasets.DatasetDict(train=rows), "train_dataset")
+    with pytest.raises(TypeError, match=r"train_dataset must be .*, got IterableDataset"):
+        checked_dataset(rows.to_iterable_dataset(), "train_dataset")

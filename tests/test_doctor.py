@@ -53,6 +53,9 @@ def only(look, *arguments):
 # --- packages -----------------------------------------------------------------------------------------------
 
 
+GYM = {"reasoning-gym": "0.1.25"}  # of the packages that a run can do without the one that tests do without too
+
+
 def versions(monkeypatch, **changed):
     """Some packages in another version, or with None not installed."""
     version = metadata.version
@@ -65,7 +68,8 @@ def versions(monkeypatch, **changed):
     monkeypatch.setattr(metadata, "version", changed_version)
 
 
-def test_the_versions_of_this_installation_are_said_and_are_those_asked_for():
+def test_the_versions_of_this_installation_are_said_and_are_those_asked_for(monkeypatch):
+    versions(monkeypatch, **GYM)
     row = only(doctor.packages)
     assert row.state == "ok"
     assert f"Python {sys.version.split()[0]}, grpo-lab {metadata.version('grpo-lab')}, torch " in row.words
@@ -93,7 +97,7 @@ def test_an_older_version_than_asked_for_is_noted(monkeypatch):
 
 
 def test_a_nightly_build_newer_than_asked_for_is_sound(monkeypatch):
-    versions(monkeypatch, torch="2.99.0.dev20260101+cu130")
+    versions(monkeypatch, torch="2.99.0.dev20260101+cu130", **GYM)
     assert only(doctor.packages).state == "ok"
 
 
@@ -382,6 +386,7 @@ def test_what_cannot_be_examined_does_not_hide_the_rest(monkeypatch):
 
 def test_a_sound_machine_has_status_0_and_a_problem_status_1(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    versions(monkeypatch, **GYM)
     assert cli.main(["doctor", "--output-dir", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok       ") for line in lines[:-2])
@@ -392,7 +397,7 @@ def test_a_sound_machine_has_status_0_and_a_problem_status_1(capsys, tmp_path, m
     (tmp_path / "out").write_text("in the way")
     assert cli.main(["doctor", "--output-dir", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
-    assert "problem  disk       cannot write to" in captured.out
+    assert "problem  disk          cannot write to" in captured.out
     assert " → --output-dir FOLDER names another." in captured.out
     assert captured.out.endswith("A run would stop: disk.\n")
     assert captured.err == ""

@@ -120,7 +120,7 @@ def test_a_slow_function_is_named_although_there_is_no_timeout(monkeypatch):
         return [1.0, 2.0]
 
     with pytest.warns(
-        UserWarning, match=r"'slow' on 2 completions has run for 0\.05 s\. Does it hang\? --reward-timeout"
+        RuntimeWarning, match=r"'slow' on 2 completions has run for 0\.05 s\. Does it hang\? --reward-timeout"
     ):
         assert ask(slow) == [1.0, 2.0]
 

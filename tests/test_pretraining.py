@@ -161,6 +161,24 @@ def test_reading_lowers_the_loss(precision):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_one_gradient_that_is_not_finite_spoils_no_weights_in_fp16():
+    tokenizer, calls = pretraining.make_tokenizer(), []
+    torch.manual_seed(0)
+    model = pretraining.make_model(tokenizer, hidden_size=16, layers=1, heads=2)
+
+    def broken(gradient):
+        calls.append(gradient)
+        return gradient * torch.nan if len(calls) == 2 else gradient
+
+    model.model.layers[0].mlp.up_proj.weight.register_hook(broken)  # Muon's; the others are AdamW's
+    text = batches(make_text(3), 4, 1.0, torch.Generator().manual_seed(0))
+    before = model.model.embed_tokens.weight.clone()
+    pretraining.read(model, text, learning_rate=1e-3, muon=True, steps=4, precision="fp16")
+    assert len(calls) == 4
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model.model.embed_tokens.weight, before)
+
+
 def test_reading_for_some_seconds_ends_in_time_with_the_smallest_learning_rate(monkeypatch):
     now, rates = iter(range(1000)), []
     monkeypatch.setattr(pretraining.time, "perf_counter", lambda: next(now))

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load_file
 from two_processes import run
 
+from grpo_lab import processes
+from grpo_lab.checkpoints import load_state
 from grpo_lab.processes import Processes
 from grpo_lab.reporting import JsonLines
 
@@ -30,7 +33,9 @@ RUNS = {
         "kl_in": "reward", "kl_estimator": "k1", "baseline": "leave-one-out", "scale_rewards": "none",
     },
     "shards": {"fsdp": True, "num_iterations": 2},
-    "shards, no KL": {"fsdp": True, "kl_coef": 0.0, "gradient_checkpointing": True},
+    "shards, no KL": {
+        "fsdp": True, "kl_coef": 0.0, "gradient_checkpointing": True, "num_iterations": 2, "temperature": 0.1,
+    },
 }  # fmt: skip
 
 
@@ -65,6 +70,15 @@ def of_two(tmp_path_factory):
     finished = launch(TORCHRUN, str(TESTS / "two_processes.py"), json.dumps(runs), folder=folder)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def differing(tmp_path_factory):
+    """What is found where the two processes have not the same: each name -> what each process says of it."""
+    folder = tmp_path_factory.mktemp("differing")
+    finished = launch(TORCHRUN, str(TESTS / "two_processes.py"), str(folder), folder=folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1]), folder
 
 
 @pytest.mark.slow
@@ -103,14 +117,66 @@ def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_two_others_go_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["evaluated, batch std, two updates", "shards"])
+@pytest.mark.parametrize("name", ["evaluated, batch std, two updates", "shards", "shards, no KL"])
 def test_a_run_of_one_process_goes_on_in_two(of_two, tmp_path, name):
     run(str(tmp_path / "one"), {**RUNS[name], "fsdp": False})
+    parts = load_state(tmp_path / "one" / "checkpoint-3")["batch"][0]["parts"]
+    assert any(part["idle"] for part in parts) == (name == "shards, no KL")  # of which shards make none
     runs = json.dumps([[str(tmp_path / "two"), RUNS[name]]])
     checkpoint = str(tmp_path / "one" / "checkpoint-3")
     went_on = launch(TORCHRUN, str(TESTS / "two_processes.py"), runs, checkpoint, folder=tmp_path)
     assert went_on.returncode == 0, went_on.stderr[-3000:]
     assert difference(tmp_path / "two", of_two / name) < 1e-12
+
+
+@pytest.mark.slow
+def test_all_processes_start_from_the_weights_of_the_first(differing, tmp_path):
+    found, folder = differing
+    assert found["weights"][0] == found["weights"][1]
+    run(str(tmp_path), {"save_steps": 9})
+    assert difference(tmp_path, folder / "weights") < 1e-12
+
+
+@pytest.mark.slow
+def test_data_that_is_shuffled_without_a_seed_is_refused(differing):
+    found, _ = differing
+    assert len(found["data"]) == 2
+    for words in found["data"]:
+        assert "the processes of this run have different training data. Is it drawn or shuffled without a seed" in words
+
+
+@pytest.mark.slow
+def test_what_rewards_draw_differs_between_processes_and_comes_again_after_a_resume(differing):
+    unbroken, resumed = differing[0]["noise"][:2]
+    assert unbroken[-len(resumed) :] == resumed
+    assert len(set(unbroken)) == len(unbroken)
+
+
+@pytest.mark.slow
+def test_the_model_that_is_sharded_can_be_its_own_judge(differing, tmp_path):
+    model = tiny_model(tie_word_embeddings=True).double()
+    with pytest.warns(UserWarning, match="demonstration"):
+        trainer = run(str(tmp_path), {"max_steps": 2}, model=model, reward=model)
+    assert differing[0]["judge"] == [pytest.approx(trainer.metrics_file.read()[-1]["reward"], rel=1e-6)] * 2
+    assert difference(tmp_path, differing[1] / "judge") < 1e-12
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_one_that_is_slow_much_longer_than_ten_minutes(differing):
+    assert differing[0]["patience"] == [6 * 3600] * 2
+
+
+@pytest.mark.slow
+def test_a_weight_that_one_process_alone_has_used_gets_its_gradient_in_all(differing):
+    of_each = [[3.0, 3.0], None, [2.0, 2.0]]  # used by one, by none, by both
+    assert differing[0]["gradients"] == of_each * 2
+
+
+def test_being_out_of_memory_is_not_said_of_another_process():
+    with pytest.raises(torch.OutOfMemoryError, match="mine"), processes._everyone_there():
+        raise torch.OutOfMemoryError("mine")
+    with pytest.raises(ConnectionError, match="another process"), processes._everyone_there():
+        raise RuntimeError("connection closed by peer")
 
 
 @pytest.mark.slow
@@ -124,13 +190,16 @@ def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_any_process_is_said(tmp_path):
+def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os\ndef f(prompts, completions):\n    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
+        "import os, time\nfrom grpo_lab import reward_models\nreward_models.PATIENCE = 0.5\n"
+        "def f(prompts, completions):\n    time.sleep(2 * int(os.environ['RANK']))\n"
+        "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
     )
     flags = ["--max-steps", "2", "--output-dir", "run", "--device", "cpu", "--reward", "mine.py:f"]
     done = launch([*TORCHRUN, "-m"], "grpo_lab.train_grpo", *flags, folder=tmp_path)
     assert done.returncode != 0
+    assert "process 1: the reward function 'f' on " in done.stderr
     assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
     assert "grpo_lab/trainer.py" not in done.stderr  # no traceback but the launcher's
 
@@ -155,6 +224,11 @@ def test_one_process_has_nobody_to_share_its_weights_with(tmp_path):
     run(str(tmp_path / "plain"), {"max_steps": 2})
     run(str(tmp_path / "shards"), {"max_steps": 2, "fsdp": True})
     assert difference(tmp_path / "plain", tmp_path / "shards") == 0
+
+
+def test_shards_and_an_optimizer_that_knows_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="bitsandbytes takes no shards"):
+        run(str(tmp_path), {"fsdp": True, "optimizer": "adamw_8bit"})
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 4}, {"precision": "fp16", "device": "auto"}])

@@ -112,7 +112,6 @@ def test_models_are_judged_without_dropout_and_get_their_mode_back(kind, trainin
     model.train(training)
     assert judge(["2+2="], ["4"]) == judge(["2+2="], ["4"])
     assert model.training == training
-    assert Rewards(judge, make_tokenizer()).models == [model]
     assert all(p.grad is None for p in model.parameters())
 
 

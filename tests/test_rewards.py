@@ -159,6 +159,14 @@ def test_no_text_at_all_raises(text):
         ("7 ####", None),  # nothing after it: no answer
         ("no number", None),
         ("", None),
+        ("#### 1/2", "1/2"),
+        ("-3/4 of it", "-3/4"),
+        ("1,000/3.", "1000/3"),
+        ("48/2=24", "24"),
+        ("5/day", "5"),
+        ("3/4/2020", "2020"),  # a date
+        ("1/0", "0"),
+        ("2/3.5", "3.5"),
         ("1" + "0" * 40, str(10**40)),  # whole, not its last digits
         ("0." + "3" * 40, "0." + "3" * 40),
         ("9" * 200, None),  # no answer has 200 digits
@@ -183,6 +191,8 @@ def test_a_numeric_answer_compares_values_not_spellings():
     completions = ["1200", "1,200.00", "$1200 ", "-1200", "1200.001", "none", "#### 1,200"]
     assert numeric_answer(["?"] * 7, completions, answer=["1,200"] * 7) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     assert numeric_answer(["?"] * 3, ["0.1", "-3", "4"], answer=[0.1, -3, "2+2=4 #### 4"]) == [1.0, 1.0, 1.0]
+    fractions = ["#### 1/2", "0.5", "#### 1", "2"]
+    assert numeric_answer(["?"] * 4, fractions, answer=["1/2"] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("text", LONG_TEXT, ids=lambda text: ascii(text[:8]))
@@ -244,7 +254,7 @@ def test_a_marked_answer_is_the_last_line_and_the_only_one(text, marked):
 def test_a_pattern_that_takes_for_ever_scores_zero_with_a_warning():
     pattern = f"(a|aa)+$(?#{'x' * 99})"  # a long comment, of which the warning shows only the beginning
     said = r"the pattern '\(a\|aa\)\+\$\(\?#x{69}' takes more than 0\.5 s .* score 0\. Does it .* \(a\+\)\+ does\?$"
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(RuntimeWarning, match=said):
         assert matches_format(pattern)(["?"] * 2, ["a" * 60 + "!", "aaa"]) == [0.0, 1.0]
 
 

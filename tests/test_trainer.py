@@ -3,6 +3,7 @@
 import json
 import signal
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -442,6 +443,24 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fata
     assert torch.isfinite(weights(run)).all()
 
 
+def test_ctrl_c_that_a_shell_has_told_to_ignore_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a run in the background of a script
+    try:
+        run = make_trainer(tmp_path, reward=lambda p, c: signal.raise_signal(signal.SIGINT) or [0.0] * len(c))
+        with suppress(KeyboardInterrupt):  # it would end the tests
+            run.train()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.step == run.total_steps
+
+
+def test_no_setting_of_a_launcher_divides_the_gradient(tmp_path, monkeypatch):
+    alone = next(make_trainer(tmp_path / "alone").steps()).metrics["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert next(make_trainer(tmp_path / "launched").steps()).metrics["grad_norm"] == alone
+
+
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
     whole = make_trainer(tmp_path / "whole", max_steps=4)
     whole.train()
@@ -484,9 +503,19 @@ def test_a_fault_while_collecting_loses_no_prompt(tmp_path):
     assert set(seen) == set(PROMPTS)
 
 
-def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch, error):
     def explode(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr(trainer, "completion_scores", explode)
     with pytest.raises(MemoryError) as caught:
