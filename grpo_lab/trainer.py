@@ -141,7 +141,9 @@ class GRPOTrainer:
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for function in self.rewards.functions:
             if isinstance(judge := getattr(function, "model", None), nn.Module):
-                function.model = self.policy if judge is self.model else judge.to(self.device)  # shards say nothing
+                judge.to(self.device)
+                if self._sharded and judge is self.model:
+                    function.model = self.policy  # shards alone say nothing
         # A cache takes at most an eighth of what a training pass keeps of each token, and twice that while it grows;
         # where activations are recomputed, a training pass keeps little.
         self._sampled_at_once = config.batch_size * (1 if config.gradient_checkpointing else 4)
