@@ -33,6 +33,7 @@ SHAPES = {
     "wide": (256, 2, 4, 2, 512, 150000),
 }
 SMALL = {"num_generations_per_prompt": 4, "max_new_tokens": 24, "batch_size": 4, "gradient_accumulation_steps": 1}
+ONE_AT_A_TIME = {"batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
 # name: shape, tokens of a prompt, settings that differ from SMALL
 RUNS: dict[str, tuple[str, int, dict]] = {
     "pocket": ("pocket", 13, {}),
@@ -54,6 +55,11 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "135M, checkpointing": ("135M", 48, {"gradient_checkpointing": True, "num_generations_per_prompt": 8}),
     "vocabulary of 150,000": ("wide", 32, {"num_generations_per_prompt": 8}),
     "reward model": ("10M", 48, {"num_generations_per_prompt": 16}),
+    # these came after all constants of the plan had been settled
+    "25M, 1 at a time": ("25M", 48, ONE_AT_A_TIME),
+    "135M, LoRA, 1 at a time": ("135M", 48, ONE_AT_A_TIME | {"lora_rank": 16, "num_generations_per_prompt": 8}),
+    "GPT-2, KL in the reward": ("gpt2", 48, {"max_new_tokens": 200, "kl_in": "reward", "kl_estimator": "k1"}),
+    "vocabulary of 150,000, LoRA, bf16": ("wide", 32, {"precision": "bf16", "lora_rank": 8, "max_new_tokens": 64}),
 }
 
 

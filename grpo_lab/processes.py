@@ -7,6 +7,9 @@ So N processes end with the weights of one, within rounding, and a run may go on
 process holds the model and adds its gradient to that of the others; with `fsdp` weights, gradients and the
 optimizer's state are sharded between them for the update, beside a whole copy of the weights that samples.
 
+All start from the weights of the first, and must have the same data. What dropout and reward functions draw differs
+between them, and with their number.
+
 DDP of PyTorch would send gradients while others are still computed; it takes as many backward passes in each process,
 though, and here micro-batches follow the lengths of the completions.
 """

@@ -143,7 +143,9 @@ class GRPOTrainer:
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for function in self.rewards.functions:
             if isinstance(judge := getattr(function, "model", None), nn.Module):
-                function.model = self.policy if judge is self.model else judge.to(self.device)  # shards say nothing
+                judge.to(self.device)
+                if self._sharded and judge is self.model:
+                    function.model = self.policy  # shards alone say nothing
         self.end_ids, self.pad_id = end_token_ids(model, tokenizer), pad_token_id(tokenizer, model)
         columns = self._check_longest_prompts() + config.max_new_tokens
         sizes = weight_bytes(self.model)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,9 +173,17 @@ def test_a_weight_that_one_process_alone_has_used_gets_its_gradient_in_all(diffe
     assert differing[0]["gradients"] == of_each * 2
 
 
+def test_a_process_with_fewer_micro_batches_repeats_its_first_which_counts_nothing(monkeypatch):
+    monkeypatch.setattr(Processes, "together", lambda self, mine: [*mine, 3])  # another has three
+    parts = [SimpleNamespace(idle=True), SimpleNamespace(idle=False)]
+    assert processes.as_many(parts, Processes(2, 0)) == [(parts[0], 2.0), (parts[1], 2.0), (parts[0], 0.0)]
+    assert not any(part.idle for part in parts)
+
+
 def test_being_out_of_memory_is_not_said_of_another_process():
-    with pytest.raises(torch.OutOfMemoryError, match="mine"), processes._everyone_there():
+    with pytest.raises((RuntimeError, ConnectionError)) as said, processes._everyone_there():
         raise torch.OutOfMemoryError("mine")
+    assert said.type is torch.OutOfMemoryError
     with pytest.raises(ConnectionError, match="another process"), processes._everyone_there():
         raise RuntimeError("connection closed by peer")
 
