@@ -45,6 +45,7 @@ from grpo_lab.devices import (
     match_precision,
     resolve_device,
     resolve_precision,
+    return_freed_memory,
     trainable_in_float32,
 )
 from grpo_lab.endings import interrupt_between_steps, memory_explained
@@ -138,6 +139,8 @@ class GRPOTrainer:
         self._sharded = config.fsdp and self.processes.count > 1  # one process has nobody to share with
         if self._sharded:
             self.policy, self._scores = shard(model, completion_scores, self.processes, self.device)
+            if self.device.type == "cpu":
+                return_freed_memory()  # layers come and go whole, and would leave the heap in pieces
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for judge in self.rewards.models:
             judge.to(self.device)
