@@ -154,6 +154,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--machine", metavar="NAME", help="T4, L4, A100-40, A100-80, H100, H200, laptop or binder; "
                      "without it, this machine, with what is free now")  # fmt: skip
     run.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the longest prompt (default: 128)")
+    run.add_argument("--processes", type=_positive, default=1, metavar="N", help="of a launcher, each on a GPU "
+                     "or all on the CPU: what one of them takes (default: 1)")  # fmt: skip
     _add_settings(planned.add_argument_group("settings", "as in train"))
     pretrain = commands.add_parser(
         "pretrain",
@@ -382,14 +384,14 @@ def plan_command(options: argparse.Namespace) -> int:
     config, _ = make_config(options)
     from grpo_lab.planning import what_fits
 
-    found, models = _planned(options, config, options.prompt_tokens, options.machine)
+    found, models = _planned(options, config, options.prompt_tokens, options.processes, options.machine)
     print(found, flush=True)
     if not found.fits:
         print(what_fits(found, *models))
     return 0 if found.fits else 1
 
 
-def _planned(options: argparse.Namespace, config: GRPOConfig, prompt_tokens: int | None, machine: str | None = None):
+def _planned(options, config: GRPOConfig, prompt_tokens: int | None, processes: int, machine: str | None = None):
     """The plan, and the models that it is for, which have no weights yet."""
     import torch
 
@@ -404,7 +406,7 @@ def _planned(options: argparse.Namespace, config: GRPOConfig, prompt_tokens: int
         for name in names
     ]
     torch.set_num_threads(threads_for(model))
-    how = {"machine": machine, "prompt_tokens": prompt_tokens, "name": model_name(options)}
+    how = {"machine": machine, "prompt_tokens": prompt_tokens, "processes": processes, "name": model_name(options)}
     return plan(config, model, reward_model=judges, **how), (model, judges)
 
 
@@ -415,7 +417,7 @@ def _plan_or_stop(options: argparse.Namespace, config: GRPOConfig, tokenizer, da
 
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in longest_prompts(dataset))
     try:
-        found, models = _planned(options, config, longest)
+        found, models = _planned(options, config, longest, int(os.environ.get("WORLD_SIZE", 1)))
     except Exception as error:  # a plan is a help; what is wrong with the run, the run itself will say
         print(f"Plan: none could be made ({type(error).__name__}: {_one_sentence(error)[:200]})")
         return

@@ -10,6 +10,7 @@ launch at least. Peak rates of named machines are their makers'; how much of the
 """
 
 import math
+import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -47,7 +48,7 @@ GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "reference", "reward model", "cache", "activations", "logits",
          "rollouts", "everything else")  # fmt: skip
 PROMPT_TOKENS = 128
-CPU_RESERVE = 0.15  # glibc's: measured, it kept 10 to 20 % more than was live, and little of what is given back at once
+CPU_RESERVE = 0.2  # glibc keeps more than is live: fitted to the runs of benchmarks/memory.py, where it was 10 to 55 %
 ADAM_TRAFFIC = 7 * 4  # bytes a weight: itself, its gradient and two averages are read, all but the gradient written
 
 
@@ -140,8 +141,9 @@ class Plan:
     @cached_property
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase of a step -> part -> bytes at the phase's highest point."""
-        # with checkpointing, freed memory goes back at once on a CPU: devices.return_freed_memory
-        kept = self.machine.device != "cpu" or not self.config.gradient_checkpointing
+        # with checkpointing or shards, freed memory goes back at once on a CPU: devices.return_freed_memory
+        sharded = self.config.fsdp and self.processes > 1
+        kept = self.machine.device != "cpu" or not (self.config.gradient_checkpointing or sharded)
         return {phase.name: phase.on(self.machine, self.machine.reserve * kept) for phase in self.rehearsed}
 
     @cached_property
@@ -182,16 +184,19 @@ class Plan:
         share = self.peak / self.machine.memory
         words = "does not fit" if share > 1 else "fits, but barely" if share > 1 / 1.15 else "fits"
         return (
-            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self.machine.name}, "
+            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self.machine.name}{self._of}, "
             f"highest in {self.highest}; up to {_time(sum(self.seconds.values()))} a step"
         )
+
+    @property
+    def _of(self) -> str:
+        return f", each of {self.processes} processes" if self.processes > 1 else ""
 
     def __str__(self) -> str:
         config, rows = self.config, [part for part in PARTS if any(p[part] for p in self.phases.values())]
         settings = f"K {config.num_generations_per_prompt} × {config.batch_size} prompts at a time"
         lengths = f"{self.prompt_tokens} + {config.max_new_tokens} tokens, {self.precision}"
-        of = f", each of {self.processes} processes" if self.processes > 1 else ""
-        lines = [f"{self.name} on {self.machine.name}: {settings}, {lengths}{of}", ""]
+        lines = [f"{self.name} on {self.machine.name}{self._of}: {settings}, {lengths}", ""]
         lines.append(f"{'GiB':17}" + "".join(f"{phase:>12}" for phase in self.phases))
         for part in rows:
             lines.append(f"{part:17}" + "".join(f"{p[part] / GIB:12.2f}" for p in self.phases.values()))
@@ -288,6 +293,8 @@ def this_machine(config: GRPOConfig, loaded: int = 0, processes: int = 1) -> Mac
     import psutil
 
     device = resolve_device(config.device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # each of several processes has its own, and touches no other
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     precision = resolve_precision(config.precision, device)
     free, taken = free_memory(device), 0.0
     name = torch.cuda.get_device_name() if device == "cuda" else f"this machine ({device})"
@@ -409,7 +416,7 @@ def _rehearse(
     config, times = shape.config, shape.micro_batches
     policy = Depths(model, lambda copy: _prepared(copy, config))
     standing = policy.each(lambda copy: _standing(copy, shape))
-    merged, gathered, gradients = (standing.pop(name) for name in ("merged", "gathered", "gradients"))
+    saved, gathered, gradients = (standing.pop(name) for name in ("saved", "gathered", "gradients"))
     columns, sizes = shape.prompt + config.max_new_tokens, policy.each(weight_bytes)
     together = prompts_at_once(model, config, shape.precision, columns, **sizes)
     shape = replace(shape, sampled_at_once=min(shape.prompts, together))
@@ -440,7 +447,8 @@ def _rehearse(
     groups = shape.prompts / shape.sampled_at_once
     each = groups * (config.max_new_tokens - 1) / len(tokens)
     work = [*_repeated(groups, reading), *(part for token in tokens for part in _repeated(each, token))]
-    sampling = phase("sampling", [reading, tokens[-1]], work)
+    ours = config.sampler != "vllm"  # whose cache is counted with the machine
+    sampling = phase("sampling", [reading, tokens[-1]] if ours else [], work)
 
     scored = []
     if config.kl_coef > 0:
@@ -450,7 +458,7 @@ def _rehearse(
     scored += [Depths(judge).each(lambda copy: _judging(copy, shape)) for judge in judges]
     work = [part for count in scored for part in _repeated(times, count)]
     scoring = phase("scoring", scored, work)
-    saving = [phase("saving", [], [], weights=standing["weights"] + merged)] if merged and device != "cuda" else []
+    saving = [phase("saving", [], [], weights=standing["weights"] + saved)] if saved and device != "cuda" else []
     return [sampling, scoring, update, *saving]
 
 
@@ -475,21 +483,22 @@ def _prepared(policy: nn.Module, config: GRPOConfig) -> nn.Module:
 
 
 def _standing(policy: nn.Module, shape: _Shape) -> dict[str, int]:
-    """The bytes of all that stays, and of what joins it for a while: merged when saved, gathered from shards."""
+    """The bytes of all that stays, and of what joins it for a while: gathered from shards, made to be saved."""
     whole, trained = _whole(policy), [p for p in policy.parameters() if p.requires_grad]
     gradients = size_of(trained) // shape.shards
-    merged = [m for m in policy.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
-    gathered = 0
+    adapted = [m for m in policy.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
+    saved, gathered = size_of(layer.base_layer.weight for layer in adapted), 0  # merged, in main memory
     if shape.shards > 1:  # what belongs to no layer; the layer that computes, and the next one, on its way
         layers = [m for m in policy.modules() if type(m).__name__ in (policy._no_split_modules or ())]
         sizes = [size_of(layer.parameters()) for layer in layers]
+        saved = _optimizer(trained, shape.config)  # whole, by the first process
         gathered = size_of(policy.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
     return {
         "weights": whole + (gradients if shape.shards > 1 else 0),  # beside shards, a whole copy to sample from
         "gradients": gradients,
         "optimizer": _optimizer(trained, shape.config) // shape.shards,
         "reference": whole if shape.config.kl_coef > 0 and not is_adapted(policy) else 0,
-        "merged": size_of(layer.base_layer.weight for layer in merged),
+        "saved": saved,
         "gathered": gathered,
     }
 

@@ -45,6 +45,7 @@ from grpo_lab.devices import (
     prompts_at_once,
     resolve_device,
     resolve_precision,
+    return_freed_memory,
     trainable_in_float32,
     weight_bytes,
 )
@@ -140,6 +141,8 @@ class GRPOTrainer:
         self._sharded = config.fsdp and self.processes.count > 1  # one process has nobody to share with
         if self._sharded:
             self.policy, self._scores = shard(model, completion_scores, self.processes, self.device)
+            if self.device.type == "cpu":
+                return_freed_memory()  # layers come and go whole, and would leave the heap in pieces
         self.rewards = Rewards(reward_model, tokenizer, config.reward_weights, config.reward_timeout)
         for function in self.rewards.functions:
             if isinstance(judge := getattr(function, "model", None), nn.Module):
