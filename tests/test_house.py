@@ -27,7 +27,7 @@ FLOORS = [
         "processes",
         "rehearsal",
     },  # prompts and models
-    {"config", "devices", "checkpoints", "reporting", "vllm"},  # settings, and what is written
+    {"config", "devices", "machines", "phases", "checkpoints", "reporting", "vllm"},  # settings, and what is written
     {"endings", "trainer", "interop", "comparison", "pretraining"},  # the run here and elsewhere, and what comes before
     {"pocket", "judge"},
     {"checks", "planning"},

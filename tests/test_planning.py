@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_architecture, tiny_model
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from grpo_lab import GRPOConfig, cli, planning
+from grpo_lab import GRPOConfig, cli, machines, phases, planning
 from grpo_lab.adapters import add_lora
 from grpo_lab.devices import disable_dropout, enable_checkpointing
 from grpo_lab.planning import MACHINES, SHAPES, nearest, plan, what_fits, without_weights
@@ -153,7 +153,7 @@ def test_shards_stand_beside_a_whole_copy_by_hand():
 
 def counted(model, config, precision) -> Rehearsal:
     """The same counting over a micro-batch of real numbers."""
-    shape = planning._Shape.of(config, model, precision, PROMPT)
+    shape = phases.Shape.of(config, model, precision, PROMPT)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     disable_dropout(model)
@@ -186,11 +186,11 @@ def counted(model, config, precision) -> Rehearsal:
 def test_a_rehearsal_counts_what_a_run_makes(name, precision, changes):
     config = CONFIG.replace(gradient_accumulation_steps=1, **changes)
     model = tiny_architecture(name, vocab_size=200)
-    shape = planning._Shape.of(config, model, precision, PROMPT)
-    found = planning._update(planning._prepared(emptied(model), config), shape)
+    shape = phases.Shape.of(config, model, precision, PROMPT)
+    found = phases._update(phases._prepared(emptied(model), config), shape)
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
-    planning.completion_states(model, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)  # asked for its head before
+    phases.completion_states(model, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)  # asked for its head before
     real = counted(model, config, precision)
     [(_, work)] = found.work
     most = max(sum(parts.values()) for parts in real.moments.values())
@@ -370,7 +370,7 @@ def test_train_says_its_plan_and_stops_if_it_cannot_fit_unless_forced(capsys, mo
     train = ["train", "--model-name", model_folder, *QUICK]
     status, out, _ = run(capsys, *train, "--output-dir", str(tmp_path / "a"))
     assert (status, "Plan: it fits: " in out) == (0, True)
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(machines, "free_memory", lambda device: 1000)
     status, out, complaint = run(capsys, *train, "--output-dir", str(tmp_path / "b"))
     assert (status, "Before training" in out, (tmp_path / "b").exists()) == (2, False, False)
     assert complaint.startswith("grpo-lab: the run does not fit: ")

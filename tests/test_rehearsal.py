@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, tiny_architecture, tiny_model
 from test_planning import CONFIG, planned
 from torch import nn
 
-from grpo_lab import planning, rehearsal
+from grpo_lab import phases, rehearsal
 from grpo_lab.rehearsal import Depths, Rehearsal, emptied, size_of
 
 DEEP = 4
@@ -42,16 +42,16 @@ def test_a_deep_model_takes_to_the_byte_what_follows_from_two_short_ones(monkeyp
 def test_another_moment_may_be_the_highest_where_layers_are_many():
     config = CONFIG.replace(batch_size=1, gradient_accumulation_steps=1, num_generations_per_prompt=2, max_new_tokens=8)
     model = tiny_model(num_hidden_layers=12, vocab_size=1500, intermediate_size=512)
-    shape = planning._Shape.of(config, model, "fp32", 10)
+    shape = phases.Shape.of(config, model, "fp32", 10)
 
     def update(copy):
-        return planning._update(copy, shape)
+        return phases._update(copy, shape)
 
     def highest(count):
         return max(count.moments, key=lambda moment: sum(count.moments[moment].values()))
 
-    depths = Depths(model, lambda copy: planning._prepared(copy, config))
-    whole = update(planning._prepared(emptied(model), config))
+    depths = Depths(model, lambda copy: phases._prepared(copy, config))
+    whole = update(phases._prepared(emptied(model), config))
     found = depths.each(update)
     assert highest(update(depths.models[0]))[1] == (1500, 32)  # the embedding's gradient is added up
     assert highest(found)[1] == highest(whole)[1] == (32, 512)  # the first layer's, when all others are there
