@@ -377,7 +377,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # and length are those of verl's GRPO example for GSM8K (examples/grpo_trainer, Qwen2-7B, 1024 prompts a step); the
     # rate is DeepSeekMath's too. K is 8 and a step has 32 prompts, so that 200 steps, most of the training set once,
     # are affordable. A right number weighs 1, the form that it is asked in 0.2: form alone never beats being right.
-    # One prompt at a time is what 24 GB hold (planned: 20 GiB); with more, --batch-size 4 and 8 steps of accumulation.
+    # One prompt at a time is what 24 GB hold (planned: 19 GiB); with more, --batch-size 4 and 8 steps of accumulation.
     "gsm8k": {
         "num_generations_per_prompt": 8, "max_new_tokens": 512, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "learning_rate": 1e-6, "lr_scheduler": "constant_with_warmup", "warmup_steps": 10, "max_steps": 200,
