@@ -18,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from record import RUNS
 
-from grpo_lab.comparison import COLOURS, comparison_figure
-from grpo_lab.reporting import RecordedRun, recorded_runs, running_mean
+from grpo_lab.course.comparison import COLOURS, comparison_figure
+from grpo_lab.course.recorded import RecordedRun, recorded_runs
+from grpo_lab.training.figures import running_mean
 
 Stats = dict[str, dict[str, float]]
 Runs = dict[str, list[RecordedRun]]
@@ -28,7 +29,7 @@ TITLES = {
     "clip_ratio/region_mean": "Share of tokens whose gradient the clip has cut",
     "rewards/part_marks/mean": "What is paid: the hackable reward",
     "rewards/countdown/mean": "What is meant: share of right answers",
-}  # where the meaning in `grpo_lab.reporting.METRICS` is too general for the run
+}  # where the meaning in `grpo_lab.training.metrics.METRICS` is too general for the run
 USUAL = ("reward", "kl", "entropy", "frac_reward_zero_std")
 
 

@@ -35,9 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package need not be installed
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, pocket
-from grpo_lab.data import countdown_dataset
-from grpo_lab.devices import resolve_device
-from grpo_lab.rewards import countdown
+from grpo_lab.hardware.devices import resolve_device
+from grpo_lab.rewards.verifiable import countdown
+from grpo_lab.tasks.countdown import countdown_dataset
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -59,7 +59,7 @@ def random_model(shape: str):
     """A Qwen2 of random weights that hardly ever ends, and a tokenizer that writes digits."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from grpo_lab.pretraining import make_tokenizer
+    from grpo_lab.tasks.pretraining import make_tokenizer
 
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def peak(device: str) -> float | None:
 
 def decode(way: str, device: str, small: bool, folder: str) -> dict:
     """Tokens a second of the sampler, and whether both ways draw the same."""
-    from grpo_lab import decoding
+    from grpo_lab.rollout import decoding
 
     shape, rows = ("small", 8) if small else ("0.5B", 64)
     if way == "token by token":
@@ -146,7 +146,7 @@ STEP_RUNS = {
 
 def step(name: str, device: str, small: bool, folder: str) -> dict:
     """Seconds and peak memory of whole steps, and what was planned."""
-    from grpo_lab.planning import plan
+    from grpo_lab.planning.plan import plan
 
     shape, changes = STEP_RUNS[name]
     if device == "cpu":
@@ -198,7 +198,7 @@ def precision(way: str, device: str, small: bool, folder: str) -> dict:
 
 def four_numbers(way: str, device: str, small: bool, folder: str) -> dict:
     """Pre-training from nothing, then GRPO with the preset countdown4, on problems that neither has seen."""
-    from grpo_lab.pretraining import pretrain
+    from grpo_lab.tasks.pretraining import pretrain
 
     length = {"steps": 20} if small else {"seconds": 120}
     model, tokenizer, card = pretrain("small" if small else "large", device=device, **length)
@@ -242,7 +242,7 @@ def member(folder: str, device: str, small: bool, fsdp: bool) -> None:
     trainer.rewards.functions[0] = lambda prompts, completions: [c.count("1") / 10 for c in completions]
     records = list(trainer.steps())
     squares = sum(p.double().square().sum().item() for p in trainer.policy.parameters())
-    if trainer.processes.is_first:
+    if trainer.processes.is_main:
         print(json.dumps({
             "grad norm of the last step": records[-1].metrics["grad_norm"], "norm of the weights": squares**0.5,
             "seconds a step": statistics.median(r.metrics["step_time"] for r in records[1:]), "peak, GiB": peak(device),

@@ -24,9 +24,10 @@ from random import Random
 
 import torch
 
-from grpo_lab import GRPOConfig, GRPOTrainer, checkpoints, pocket
-from grpo_lab.data import countdown_dataset
-from grpo_lab.rewards import countdown
+from grpo_lab import GRPOConfig, GRPOTrainer, pocket
+from grpo_lab.rewards.verifiable import countdown
+from grpo_lab.tasks.countdown import countdown_dataset
+from grpo_lab.training import output_dir
 
 DROPOUT = {"kl_coef": 0.05, "disable_dropout": False}
 KINDS = [
@@ -57,7 +58,7 @@ def go_on(folder: Path, settings: dict) -> None:
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    resume = bool(checkpoints.all_checkpoints(folder))
+    resume = bool(output_dir.all_checkpoints(folder))
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint: nothing was promised yet
     make_trainer(folder, settings).train(resume=resume)

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from grpo_lab import GRPOConfig, GRPOTrainer, pocket
-from grpo_lab.data import countdown_dataset
-from grpo_lab.pocket.make import processor
-from grpo_lab.rewards import countdown
+from grpo_lab.rewards.verifiable import countdown
+from grpo_lab.tasks.countdown import countdown_dataset
+from grpo_lab.tasks.pocket.make import processor
 
 NEIGHBOURS = [
     {},

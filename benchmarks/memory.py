@@ -72,7 +72,7 @@ def make_model(shape: str):
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
     from grpo_lab import pocket
-    from grpo_lab.pocket.make import make_tokenizer
+    from grpo_lab.tasks.pocket.make import make_tokenizer
 
     if shape == "pocket":
         return pocket.load()
@@ -99,9 +99,9 @@ def measure(name: str, folder: str) -> dict:
     import transformers
 
     from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset, plan
-    from grpo_lab.data import countdown_dataset
-    from grpo_lab.devices import threads_for
-    from grpo_lab.rewards import countdown
+    from grpo_lab.hardware.system import threads_for
+    from grpo_lab.rewards.verifiable import countdown
+    from grpo_lab.tasks.countdown import countdown_dataset
 
     transformers.utils.logging.disable_progress_bar()
     shape, prompt_tokens, changes = RUNS[name]
@@ -194,7 +194,7 @@ MODELS = {"0.5B": list(WAYS), "1.5B": list(WAYS), "7B": list(WAYS)[-1:]}
 def table() -> str:
     """Planned, as Markdown: seconds per step where it fits."""
     from grpo_lab import GRPOConfig, plan
-    from grpo_lab.planning import MACHINES, without_weights
+    from grpo_lab.planning.plan import MACHINES, without_weights
 
     gpus = [name for name, machine in MACHINES.items() if machine.device == "cuda"]
     heads = ["model", "trained", "needs on a GPU, GiB", *MACHINES]
@@ -234,7 +234,7 @@ def main() -> int:
     import torch
     import transformers
 
-    from grpo_lab.pocket.make import processor
+    from grpo_lab.tasks.pocket.make import processor
 
     heads = f"{'planned':>9}{'measured':>10}"
     print(f"{'':24}{heads}{'ratio':>7}  {'highest in':10}{heads}{'to plan':>9}")

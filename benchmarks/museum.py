@@ -18,10 +18,10 @@ from record import RUNS as RECORDED
 from record import circumstances
 
 from grpo_lab import GRPOTrainer
-from grpo_lab.data import countdown_dataset
-from grpo_lab.lessons import museum
-from grpo_lab.reporting import JsonLines
-from grpo_lab.rewards import countdown
+from grpo_lab.course.lessons import museum
+from grpo_lab.rewards.verifiable import countdown
+from grpo_lab.tasks.countdown import countdown_dataset
+from grpo_lab.training.metrics import JsonLines
 
 RUNS = RECORDED / "museum"
 HELD_OUT = 200

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from grpo_lab import GRPOConfig, GRPOTrainer, losses, pocket
-from grpo_lab.config import PRESETS
-from grpo_lab.data import countdown_dataset
-from grpo_lab.lessons.rewards import part_marks
-from grpo_lab.pocket.make import processor
-from grpo_lab.reporting import JsonLines
-from grpo_lab.rewards import countdown
+from grpo_lab import GRPOConfig, GRPOTrainer, pocket
+from grpo_lab.algorithm import losses
+from grpo_lab.course.lessons.rewards import part_marks
+from grpo_lab.rewards.verifiable import countdown
+from grpo_lab.tasks.countdown import countdown_dataset
+from grpo_lab.tasks.pocket.make import processor
+from grpo_lab.training.config import PRESETS
+from grpo_lab.training.metrics import JsonLines
 
 RUNS = Path(__file__).parents[1] / "runs"
 COMPLETIONS_PER_STEP = 128

@@ -53,7 +53,7 @@ GROWTH = {
 GROWTH_WORK = {"prompts": 4, "K": 8, "prompt_tokens": 32, "new_tokens": 16, "steps": 3, "threads": 1}
 # what is turned off; the last two at beta 0, where there is something to skip
 SWITCHES = ("sharing in training", "sharing in sampling", "own sampler", "own sampler, static cache instead",
-            "one thread", "KL", "KL, and skipping of idle groups")  # fmt: skip
+            "one thread", "KL", "KL, and skipping of no_gradient groups")  # fmt: skip
 BETA = 0.02
 
 
@@ -76,9 +76,9 @@ def model_and_data(work: dict, folder: str):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from grpo_lab import pocket
-    from grpo_lab.data import countdown_dataset
-    from grpo_lab.pocket.make import make_tokenizer
-    from grpo_lab.rewards import countdown
+    from grpo_lab.rewards.verifiable import countdown
+    from grpo_lab.tasks.countdown import countdown_dataset
+    from grpo_lab.tasks.pocket.make import make_tokenizer
 
     if work["shape"] is None:
         model, tokenizer = pocket.load()
@@ -107,7 +107,7 @@ def measure(library: str, name: str, off: str, folder: str) -> dict:
     import transformers
 
     from grpo_lab import GRPOConfig
-    from grpo_lab.devices import available_cores
+    from grpo_lab.hardware.system import available_cores
 
     transformers.utils.logging.disable_progress_bar()
     work = work_of(name)
@@ -165,15 +165,19 @@ def _windows(judged: list[tuple[float, float]]):
 
 def ours(model, tokenizer, prompts, reward, config, off, steps):
     """Our trainer, perhaps with one optimisation turned off."""
-    from grpo_lab import GRPOTrainer, SimplePromptDataset, trainer
+    from grpo_lab import GRPOTrainer, SimplePromptDataset
+    from grpo_lab.training import trainer
 
     run = GRPOTrainer(model, None, reward, tokenizer, config, SimplePromptDataset(prompts))
     if off == "sharing in training":  # prompts, and completions that are the same
         run._score_under = lambda model, rollouts, score: score(
-            model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens, share=False
+            model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens, dedup=False
         )
-    if "idle groups" in off:
-        trainer.cut, whole = (lambda r, k, budget, idle: whole(r, k, budget, idle & False)), trainer.cut
+    if "no_gradient groups" in off:
+        trainer.make_micro_batches, whole = (
+            (lambda r, k, budget, no_gradient: whole(r, k, budget, no_gradient & False)),
+            trainer.make_micro_batches,
+        )
     if off == "sharing in sampling":  # prompts, and rows that are the same so far
         plain, K = run.sample, config.num_generations_per_prompt
         run.sample = lambda prompts, uniforms, _: plain([p for p in prompts for _ in range(K)], uniforms, 1)
@@ -202,8 +206,8 @@ def generated(run, prompts, uniforms, K, how):
     """What transformers' generate makes of the same prompts."""
     import torch
 
-    from grpo_lab.data import encode_prompt
-    from grpo_lab.sampling import Rollouts, left_pad
+    from grpo_lab.rollout.prompts import encode_prompt
+    from grpo_lab.rollout.sampling import Rollouts, left_pad
 
     ids, mask = left_pad([encode_prompt(run.tokenizer, p) for p in prompts], run.pad_id)
     ids, mask = ids.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
@@ -384,7 +388,7 @@ def main() -> None:
     import transformers
     import trl
 
-    from grpo_lab.pocket.make import processor
+    from grpo_lab.tasks.pocket.make import processor
 
     names = arguments.names or [n for n, work in WORK.items() if bool(work.get("cuda")) == torch.cuda.is_available()]
     if names == ["growth"]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from grpo_lab.config import GRPOConfig
-from grpo_lab.devices import resolve_device, resolve_precision
-from grpo_lab.reward_models import Rewards
-from grpo_lab.rewards import RewardFunction
+from grpo_lab.hardware.devices import resolve_device, resolve_precision
+from grpo_lab.rewards.reward_models import Rewards
+from grpo_lab.rewards.verifiable import RewardFunction
+from grpo_lab.training.config import GRPOConfig
 
 # ours -> TRL's, where the value is the same too
 NAMES = {

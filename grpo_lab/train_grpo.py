@@ -8,6 +8,6 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     if sys.path and Path(sys.path[0]).resolve() == here:
         sys.path[0] = str(here.parent)
-    from grpo_lab.cli import main
+    from grpo_lab.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

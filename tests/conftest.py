@@ -12,7 +12,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from grpo_lab.pocket.make import make_tokenizer
+from grpo_lab.tasks.pocket.make import make_tokenizer
 
 torch.set_num_threads(1)
 

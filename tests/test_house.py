@@ -13,29 +13,20 @@ import grpo_lab
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_lab"
-FLOORS = [
-    {"logprobs", "advantages", "kl", "losses", "rewards", "apart"},  # mathematics, and the reading of answers
-    {
-        "data",
-        "forward",
-        "decoding",
-        "sampling",
-        "scoring",
-        "reward_models",
-        "adapters",
-        "batches",
-        "processes",
-        "rehearsal",
-    },  # prompts and models
-    {"config", "devices", "machines", "phases", "checkpoints", "reporting", "vllm"},  # settings, and what is written
-    {"endings", "trainer", "interop", "comparison", "pretraining"},  # the run here and elsewhere, and what comes before
-    {"pocket", "judge"},
-    {"checks", "planning"},
-    {"widgets", "lessons", "doctor", "tasks"},
-    {"cli", "train_grpo"},
-]
+ROOMS = [
+    "algorithm", "hardware", "models", "rollout", "rewards", "training", "tasks", "planning", "course", "cli",
+]  # fmt: skip
+"""From the bottom up: a room imports from itself and from those before it."""
 MATHEMATICS = ("logprobs", "advantages", "kl", "losses")
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """The dotted name below grpo_lab, such as "training.config"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {module_of(path) for path in MODULES}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -43,22 +34,34 @@ def imports_of(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grpo_lab"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found & FLOOR.keys()
+            base = node.module.removeprefix("grpo_lab").removeprefix(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}".removeprefix(".")
+                candidates = (full, grpo_lab._HOME.get(full), grpo_lab._MODULES.get(full), base)
+                found |= {next(name for name in candidates if name in NAMES or name == "")}
+    return found - {""}  # its own version
 
 
-def module_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(module: str) -> int:
+    """The number of its room; interop stands on training, train_grpo on everything."""
+    room = module.split(".")[0]
+    return ROOMS.index({"interop": "training", "train_grpo": "cli"}.get(room, room))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
 def test_imports_point_down(path):
     if path == PACKAGE / "__init__.py":
         return
     name = module_of(path)
-    above = [other for other in imports_of(path) if FLOOR[other] > FLOOR[name]]
+    above = [other for other in imports_of(path) if room_of(other) > room_of(name)]
     assert not above, f"{name} imports {above} from above"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    arrows = {module_of(path): imports_of(path) for path in MODULES}
+    while free := {name for name, others in arrows.items() if not others & arrows.keys() - {name}}:
+        arrows = {name: others for name, others in arrows.items() if name not in free}
+    assert not arrows
 
 
 def roots_of(name: str) -> set[str]:
@@ -72,14 +75,18 @@ def roots_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", MATHEMATICS)
 def test_the_mathematics_knows_no_model_no_files_and_no_randomness(name):
-    assert roots_of(name) <= {"torch", "typing", "dataclasses", "grpo_lab"}
-    assert "torch.rand" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    assert roots_of(f"algorithm/{name}") <= {"torch", "typing", "dataclasses", "grpo_lab"}
+    assert "torch.rand" not in (PACKAGE / f"algorithm/{name}.py").read_text(encoding="utf-8")
+
+
+def test_the_algorithm_can_be_read_in_an_hour():
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in (PACKAGE / "algorithm").glob("*.py")) < 900
 
 
 def test_rewards_use_the_standard_library_one_matcher_that_can_be_stopped_and_a_process_that_can():
-    assert roots_of("rewards") <= sys.stdlib_module_names | {"regex", "grpo_lab"}
-    assert imports_of(PACKAGE / "rewards.py") == {"apart"}
-    assert roots_of("apart") <= sys.stdlib_module_names | {"math_verify", "reasoning_gym"}  # imported in there alone
+    assert roots_of("rewards/verifiable") <= sys.stdlib_module_names | {"regex", "grpo_lab"}
+    assert imports_of(PACKAGE / "rewards/verifiable.py") == {"rewards.isolated"}
+    assert roots_of("rewards/isolated") <= sys.stdlib_module_names | {"math_verify", "reasoning_gym"}  # only there
 
 
 def test_every_module_opens_with_a_sentence_and_is_short():
@@ -106,7 +113,7 @@ def test_importing_everything_needs_no_optional_package():
             "import sys\n"
             "optional = 'datasets peft wandb ipywidgets matplotlib trl vllm math_verify reasoning_gym'\n"
             "for name in optional.split(): sys.modules[name] = None\n"
-            "import grpo_lab, grpo_lab.interop, grpo_lab.tasks, grpo_lab.vllm\n"
+            "import grpo_lab, grpo_lab.interop, grpo_lab.tasks, grpo_lab.rollout.vllm\n"
             "print(*[name for name in grpo_lab.__all__ if getattr(grpo_lab, name) is None])"
         )
         == ""
@@ -131,5 +138,5 @@ def test_the_wheel_holds_the_model_and_weighs_little(tmp_path):
     (wheel,) = tmp_path.glob("grpo_lab-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "card.json", "make.py"):
-        assert f"grpo_lab/pocket/{name}" in names
+        assert f"grpo_lab/tasks/pocket/{name}" in names
     assert wheel.stat().st_size < 4 * 2**20

@@ -14,10 +14,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from grpo_lab import CausalLMReward, GRPOConfig, SimplePromptDataset, interop
-from grpo_lab.config import PRESETS, field_types
 from grpo_lab.interop import ELSEWHERE, NAMES, to_trl, to_trl_reward
-from grpo_lab.pocket.make import make_tokenizer
-from grpo_lab.reward_models import Rewards
+from grpo_lab.rewards.reward_models import Rewards
+from grpo_lab.tasks.pocket.make import make_tokenizer
+from grpo_lab.training.config import PRESETS, field_types
 
 trl = pytest.importorskip("trl", minversion="1.16")
 

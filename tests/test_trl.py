@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
-from grpo_lab.config import PRESETS
+from grpo_lab.algorithm.kl import kl_estimate
+from grpo_lab.algorithm.losses import aggregate, importance_ratio
 from grpo_lab.interop import to_trl
-from grpo_lab.kl import kl_estimate
-from grpo_lab.losses import aggregate, importance_ratio
-from grpo_lab.pocket.make import make_tokenizer
-from grpo_lab.scoring import completion_logprobs
-from grpo_lab.tasks import TASKS
+from grpo_lab.rollout.scoring import completion_logprobs
+from grpo_lab.tasks.pocket.make import make_tokenizer
+from grpo_lab.tasks.registry import TASKS
+from grpo_lab.training.config import PRESETS
 
 trl = pytest.importorskip("trl", minversion="1.16")
 datasets = pytest.importorskip("datasets")

@@ -15,9 +15,9 @@ from conftest import tiny_model
 from torch import nn
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
-from grpo_lab.pocket.make import make_tokenizer
-from grpo_lab.processes import Processes
-from grpo_lab.reporting import JsonLines
+from grpo_lab.hardware.processes import Processes
+from grpo_lab.tasks.pocket.make import make_tokenizer
+from grpo_lab.training.metrics import JsonLines
 
 PROMPTS = [f"{a},{b}:{a + b}=" for a in range(2, 6) for b in range(2, 8)]
 ANSWERS = [prompt.split(":")[1] for prompt in PROMPTS]
@@ -48,7 +48,7 @@ def run(folder: str, changes: dict, what: str = "", model=None, reward=None, dat
     data = data or SimplePromptDataset(PROMPTS, answer=ANSWERS)
     config, judges = GRPOConfig(**settings | changes), reward or [digits, short]
     trainer = GRPOTrainer(model, None, judges, make_tokenizer(), config, data, data)
-    if what == "die" and trainer.processes.index == 1:
+    if what == "die" and trainer.processes.rank == 1:
         collect = trainer.collect
         trainer.collect = lambda indices: os._exit(9) if trainer.step == 4 else collect(indices)
     trainer.train(resume={"": None, "die": None, "resume": True}.get(what, what))
@@ -90,9 +90,9 @@ def differ(folder: str) -> dict:
     used, unused, everywhere = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     model = nn.ParameterList([used, unused, everywhere])
     (everywhere.sum() + used.sum() * 3 if index else everywhere.sum()).backward()
-    Processes(2, index).add_gradients(model)
+    Processes(2, index).all_reduce_gradients(model)
     found["gradients"] = [None if p.grad is None else p.grad.tolist() for p in model]
-    return {name: trainer.processes.together(values) for name, values in found.items()}
+    return {name: trainer.processes.gather(values) for name, values in found.items()}
 
 
 if __name__ == "__main__":

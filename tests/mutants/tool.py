@@ -1,4 +1,4 @@
-"""Mutants that two tools make of floors 0 and 0', and what became of them: `make mutants` writes SURVIVORS.md.
+"""What two mutation tools find in the algorithm and the verifiable rewards; `make mutants` writes SURVIVORS.md.
 
 Every operator of cosmic-ray and of mutmut is applied at every place of the five modules. A mutant is killed if
 the module's own test file fails (or takes longer than a minute); its doctests and the other tests do not count.
@@ -25,7 +25,7 @@ import tomllib
 from pathlib import Path
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
-MODULES = ("logprobs", "advantages", "kl", "losses", "rewards")
+MODULES = ("algorithm/logprobs", "algorithm/advantages", "algorithm/kl", "algorithm/losses", "rewards/verifiable")
 SECONDS, SHARE = 60, 0.05
 KNOWN = ROOT / "build" / "mutants.json"  # a module is tried anew when it or its tests have changed
 
@@ -87,6 +87,12 @@ def describe(code: str, mutated: str) -> tuple[int, str]:
     return line, "".join([*holders, change]).replace("\n", " ")
 
 
+def test_of(module: str) -> str:
+    """The test file of a module, below tests/."""
+    room, name = module.split("/")
+    return f"{room}/test_{name}.py"
+
+
 def run_tests(module: str) -> None:
     """In a fork of a process that has imported torch: seconds less for every mutant."""
     import hypothesis
@@ -99,7 +105,7 @@ def run_tests(module: str) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they cost time, and the five files need none
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    os._exit(pytest.main(["-xq", "--noconftest", "-p", "no:cacheprovider", f"tests/test_{module}.py"]))
+    os._exit(pytest.main(["-xq", "--noconftest", "-p", "no:cacheprovider", f"tests/{test_of(module)}"]))
 
 
 def survives(module: str) -> bool:
@@ -115,8 +121,9 @@ def survivors(path: Path) -> tuple[int, dict[str, int], float]:
     """How many mutants there are, the line of each survivor, named by its function and its change, and seconds."""
     began = time.monotonic()
     code, found = path.read_text(encoding="utf-8"), {}
-    if not survives(path.stem):
-        raise SystemExit(f"tests/test_{path.stem}.py fails even without a mutant")
+    module = path.relative_to("grpo_lab").with_suffix("").as_posix()
+    if not survives(module):
+        raise SystemExit(f"tests/{test_of(module)} fails even without a mutant")
     tried = {normal(code)}
     for mutated in sources(code):
         with contextlib.suppress(SyntaxError):
@@ -125,7 +132,7 @@ def survivors(path: Path) -> tuple[int, dict[str, int], float]:
             tried.add(normal(mutated))
             path.write_text(mutated, encoding="utf-8")
             os.utime(path, (len(tried), len(tried)))  # another time each: an old .pyc must not stand in for it
-            if survives(path.stem):
+            if survives(module):
                 line, change = describe(code, mutated)
                 while change in found:
                     change += " again"
@@ -136,7 +143,7 @@ def survivors(path: Path) -> tuple[int, dict[str, int], float]:
 
 
 def main() -> int:
-    import hypothesis.strategies  # noqa: F401  what is imported here, the forks need not import
+    import hypothesis.strategies  # noqa: F401  what is imported here, the forks require_package not import
     import pytest  # noqa: F401
     import torch
 
@@ -156,7 +163,7 @@ def main() -> int:
         os.chdir(work)
         sys.path.insert(0, str(work))
         for module in MODULES:
-            files = Path("grpo_lab", f"{module}.py"), Path("tests", f"test_{module}.py")
+            files = Path("grpo_lab", f"{module}.py"), Path("tests", test_of(module))
             key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + str(tools).encode()).hexdigest()
             if known.get(module, [None])[0] != key:
                 known[module] = [key, *survivors(files[0])]
@@ -164,7 +171,7 @@ def main() -> int:
                 KNOWN.write_text(json.dumps(known), encoding="utf-8")
             _, number, found, took = known[module]
             seconds += took
-            reasons = explained.get(module, {})
+            reasons = explained.get(Path(module).name, {})
             for change in sorted(reasons.keys() ^ found.keys()):
                 bad += 1
                 print("this one has no reason:" if change in found else "this one survives no longer:", module, change)

@@ -1,0 +1,8 @@
+"""`python -m grpo_lab.cli ...` is `grpo-lab ...`."""
+
+import sys
+
+from grpo_lab.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

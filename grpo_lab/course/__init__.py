@@ -1,0 +1,4 @@
+"""What the notebooks use besides the algorithm: judges of exercises, widgets, recorded runs, lessons.
+
+Nothing outside this room and the command line may import it.
+"""

@@ -1,0 +1,51 @@
+"""Read the recorded runs that the lessons show."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_lab.training.metrics import JsonLines
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run that was made before, from its folder in runs/."""
+
+    info: dict[str, Any]
+    """Of run.json: settings, seed, date, device, versions, accuracy before and after."""
+    metrics: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """When and where, to stand beside everything that is drawn from it."""
+        return f"recorded {self.info['date']} on {self.info['device']}, PyTorch {self.info['versions']['torch']}"
+
+
+def recorded_runs(name: str, folder: str | Path | None = None) -> list[RecordedRun]:
+    """The recorded runs of this name, one per seed, in the order of the seeds.
+
+    Args:
+        name: a folder's name in runs/ without its seed, such as "K-4".
+        folder: runs/ itself; None looks for it in this folder, those above it, and beside the package.
+    Raises: ValueError if there are none.
+    """
+    places = [Path(folder)] if folder else [p / "runs" for p in (*_here_and_above(), Path(__file__).parents[2])]
+    found = next((paths for place in places if (paths := list(place.glob(f"{name}-seed*")))), [])
+    if not found:
+        raise ValueError(f"there is no recorded run {name!r} in {', '.join(map(str, places))}.")
+    runs = [
+        RecordedRun(
+            json.loads((path / "run.json").read_text(encoding="utf-8")),
+            JsonLines(path / "metrics.jsonl").read(),
+            JsonLines(path / "completions.jsonl").read(),
+        )
+        for path in found
+    ]
+    return sorted(runs, key=lambda run: run.info["seed"])
+
+
+def _here_and_above() -> list[Path]:
+    here = Path.cwd()
+    return [here, *here.parents]

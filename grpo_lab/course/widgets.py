@@ -1,0 +1,379 @@
+"""Sliders over figures, a dashboard over a run, and a browser for its samples: thin ipywidgets over reporting.
+
+Whatever is shown here also shows itself where no widget runs (GitHub, nbviewer, a PDF): as a picture, and in
+words with rounded numbers, which is what the tests of the notebooks compare.
+"""
+
+import ast
+import base64
+import html
+import inspect
+import io
+import re
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ipywidgets
+import numpy as np
+from IPython.display import HTML, Markdown, display
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
+
+from grpo_lab.course.tables import completions_table, progress_bar
+from grpo_lab.training.figures import training_figure
+from grpo_lab.training.metrics import JsonLines
+
+SCREEN_DPI, PRINT_DPI = 80, 160  # a slider's answer should come at once; what is saved should be sharp
+Record = TypeVar("Record")
+
+
+def slider(label: str, low: float, high: float, value: float, step: float = 1) -> ipywidgets.Box:
+    """A slider beside a field with its name and number, each following the other.
+
+    The field is what a screen reader finds: ipywidgets' sliders have no accessible name. `.value` and
+    `.observe` of the slider are those of the result's `control`.
+    """
+    whole = all(float(x).is_integer() for x in (low, high, value, step))
+    Slider, Field = (
+        (ipywidgets.IntSlider, ipywidgets.BoundedIntText) if whole else
+        (ipywidgets.FloatSlider, ipywidgets.BoundedFloatText)
+    )  # fmt: skip
+    settings = {"min": low, "max": high, "value": value, "step": step}
+    control = Slider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
+    field = Field(**settings, description=label, style={"description_width": "initial"},
+                  layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
+
+    def show(change) -> None:  # the browser adds steps up, and 0.44000000000000006 is no number to show
+        field.value = round(change.new, 6)
+
+    def move(change) -> None:
+        if abs(change.new - control.value) > step / 1000:
+            control.value = change.new
+
+    control.observe(show, "value")
+    field.observe(move, "value")
+    return _row(partial(slider, label, low, high, step=step), control, field)
+
+
+def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
+    """Buttons of which one is pressed."""
+    control = ipywidgets.ToggleButtons(
+        options=list(options), value=value or options[0], style={"button_width": "auto"},
+        layout=ipywidgets.Layout(width="max-content"),
+    )  # fmt: skip
+    return _row(partial(choice, label, options), control, ipywidgets.Label(label))  # its own label would stand above
+
+
+def steps(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
+    """A slider over ordered words or numbers that are not evenly spaced, beside a list with its name and their names.
+
+    The list is what a screen reader finds, as the field is beside `slider`.
+    """
+    settings = {"options": list(options), "value": value or options[0]}
+    control = ipywidgets.SelectionSlider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
+    field = ipywidgets.Dropdown(**settings, description=label, style={"description_width": "initial"},
+                                layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
+
+    def show(change) -> None:
+        field.value = change.new
+
+    def move(change) -> None:
+        control.value = change.new
+
+    control.observe(show, "value")
+    field.observe(move, "value")
+    return _row(partial(steps, label, options), control, field)
+
+
+def _row(anew: Callable[..., ipywidgets.Box], control, field) -> ipywidgets.Box:
+    layout = ipywidgets.Layout(margin="0 24px 0 0", align_items="center")
+    row = ipywidgets.HBox([field, control], layout=layout)
+    row.control, row.anew = control, anew
+    return row
+
+
+class _Controlled:
+    """Controls above a view that is made anew whenever one of them moves; each is an attribute of its name."""
+
+    def __init__(self, controls: Mapping[str, ipywidgets.Box], view: ipywidgets.Widget, *, continuous: bool = True):
+        self._controls = {name: row.control for name, row in controls.items()}
+        for name, control in self._controls.items():
+            setattr(self, name, control)
+            if hasattr(control, "continuous_update"):
+                control.continuous_update = continuous
+            control.observe(lambda _: self._update(), "value")
+        layout = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
+        rows = ipywidgets.HBox(list(controls.values()), layout=layout)
+        self.widget = ipywidgets.VBox([rows, view])
+        self._update()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The present value of each control."""
+        return {name: control.value for name, control in self._controls.items()}
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _view(self) -> dict[str, Any]:
+        # what every front end shows that has a kernel
+        return {
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id,
+            }
+        }  # fmt: skip
+
+
+class Explorer(_Controlled):
+    """A figure that follows its controls.
+
+    Args:
+        draw: `draw(figure, **values) -> str` draws into the figure and says in words and rounded numbers what it
+            shows. The figure is empty, or has what `ground` drew.
+        ground: `ground(figure)` draws what no control changes: axes with their limits, labels and titles. It is drawn
+            once, and `draw` adds to `figure.axes`; an answer then takes a third of the time.
+        size: in inches.
+        continuous: redraw while a slider is dragged; False where a redraw takes more than a tenth of a second.
+        controls: `name=slider(...)` or `name=choice(...)`; each is then `explorer.name`, with a `.value`.
+
+    >>> explorer = Explorer(lambda figure, K: f"K = {K}", K=slider("group size K", 2, 64, 8))
+    >>> explorer.K.value = 16
+    >>> explorer
+    K = 16
+    >>> explorer.at(K=32), explorer
+    (K = 32, K = 16)
+    """
+
+    def __init__(self, draw: Callable[..., str], *, ground: Callable[[Figure], None] | None = None, size=(8.0, 3.4),
+                 continuous: bool = True, **controls):  # fmt: skip
+        self._draw, self._size, self._stage = draw, size, None
+        self._again = partial(Explorer, draw, ground=ground, size=size, continuous=continuous)
+        self._rows = controls
+        if ground is not None:
+            ground(figure := Figure(size, SCREEN_DPI))
+            self._stage = _Stage(figure)
+        self._image = ipywidgets.HTML()
+        self._words = ipywidgets.HTML()
+        super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
+
+    def at(self, **values) -> "Explorer":
+        """A fresh one, at these values and else at the present ones: what has been shown stays as it was shown."""
+        now = self.values | values
+        return self._again(**{name: self._rows[name].anew(value=value) for name, value in now.items()})
+
+    def _update(self) -> None:
+        # a new figure is made sooner than an old one is cleared
+        self.figure = self._stage.cleared() if self._stage else Figure(self._size, SCREEN_DPI)
+        self.text = self._draw(self.figure, **self.values)
+        picture = self._stage.png() if self._stage else png(self.figure, SCREEN_DPI)
+        self._image.value = img_tag(picture, self.text, self.figure)
+        style = "margin:0; line-height:1.3; white-space:pre-wrap; word-break:normal"
+        self._words.value = f"<pre style='{style}'>{html.escape(self.text)}</pre>"
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _picture(self.figure, self.text, self._view())
+
+
+class _Stage:
+    """A figure of which only what is added to its axes is drawn anew; the rest is kept as pixels."""
+
+    def __init__(self, figure: Figure):
+        self.figure, self.canvas = figure, FigureCanvasAgg(figure)
+        self.still = set(self._artists())
+        self.canvas.draw()
+        self.pixels = self.canvas.copy_from_bbox(figure.bbox)
+
+    def cleared(self) -> Figure:
+        """The figure without what was added."""
+        for artist in self._added():
+            artist.remove()
+        for axes in self.figure.axes:
+            axes.containers.clear()  # bars that are removed leave theirs behind,
+            axes.set_prop_cycle(None)  # and whoever names no colour would get the next one
+        return self.figure
+
+    def png(self) -> bytes:
+        """The picture, with what was added on top."""
+        self.canvas.restore_region(self.pixels)
+        for artist in self._added():
+            artist.draw(self.canvas.renderer)
+        file = io.BytesIO()
+        opaque = np.asarray(self.canvas.buffer_rgba())[..., :3]
+        imsave(file, opaque, format="png", pil_kwargs={"compress_level": 1})
+        return file.getvalue()
+
+    def _artists(self) -> list[Artist]:
+        return [artist for axes in self.figure.axes for artist in axes.get_children()]
+
+    def _added(self) -> list[Artist]:
+        return sorted((a for a in self._artists() if a not in self.still), key=Artist.get_zorder)
+
+
+class Picture:
+    """A figure together with what it shows in words: the words are compared by the tests, the figure is looked at."""
+
+    def __init__(self, figure: Figure, text: str):
+        self.figure, self.text = figure, text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _picture(self.figure, self.text)
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """The figure as the bytes of a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    return file.getvalue()
+
+
+def img_tag(picture: bytes, alt: str, figure: Figure) -> str:
+    """The picture as HTML, as wide as the figure is in inches of 80 pixels."""
+    width = round(figure.get_figwidth() * SCREEN_DPI)
+    data = base64.b64encode(picture).decode()
+    return f'<img width="{width}" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def _png_with_words(figure: Figure, text: str) -> bytes:
+    # Where there is a picture a front end shows no text/plain; so the words stand below it, within the PNG.
+    width = figure.get_figwidth()
+    columns = int(13.2 * width)  # of DejaVu Sans Mono at 9 points, and a margin
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns, subsequent_indent="  ",
+                                                                          drop_whitespace=False) or [""]]  # fmt: skip
+    below = Figure((width, 0.16 + 0.163 * len(lines)))
+    below.text(0.09 / width, 1, "\n".join(lines), va="top", family="monospace", fontsize=9, linespacing=1.25,
+               parse_math=False)  # fmt: skip
+    pixels = [imread(io.BytesIO(png(part, PRINT_DPI))) for part in (figure, below)]
+    file = io.BytesIO()
+    imsave(file, np.vstack([rows[..., :3] for rows in pixels]), format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _picture(figure: Figure, text: str, more: Mapping[str, Any] | None = None) -> tuple[dict, dict]:
+    data = base64.b64encode(_png_with_words(figure, text)).decode()
+    size = {"width": round(figure.get_figwidth() * SCREEN_DPI), "alt": text}
+    return {"text/plain": text, "image/png": data, **(more or {})}, {"image/png": size}
+
+
+def show_source(*functions: Callable, when: object = True) -> Markdown:
+    """The code of functions as it is in the package, without docstrings and notes to our tools.
+
+    when: if this is false, such as the verdict on the learner's own, only a line that it will come.
+    """
+    if not when:
+        return Markdown("The package's own appears here when yours is right.")
+    return Markdown("```python\n" + "\n\n\n".join(map(_code, functions)) + "\n```")
+
+
+def _code(function: Callable) -> str:
+    source = textwrap.dedent(inspect.getsource(function))
+    lines = source.splitlines()
+    (definition,) = ast.parse(source).body
+    if ast.get_docstring(definition):
+        text = definition.body[0]
+        del lines[text.lineno - 1 : text.end_lineno]
+    return "\n".join(re.sub(r"  # (fmt: skip|noqa.*)$", "", line) for line in lines)
+
+
+def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: int = 8) -> Iterator[Record]:
+    """Pass the records of a run on, and show them as they come: curves, completions, progress, time left.
+
+    Args:
+        records: `trainer.steps()`, or anything with `.metrics` and `.completions`.
+        total: how many will come.
+        seconds: between two pictures; drawing one takes about a fifth of a second.
+        rows: completions in the table; groups that teach something come first.
+    """
+    history: list[Mapping[str, Any]] = []
+    began = shown = time.perf_counter()
+    curves = table = None
+    for record in records:
+        history.append(record.metrics)
+        now = time.perf_counter()
+        if curves is None or now - shown >= seconds or len(history) == total:
+            left = (now - began) / len(history) * (total - len(history))
+            picture = Picture(training_figure(history), _state(history, total))
+            words = HTML(progress_bar(len(history), total, left) + completions_table(_telling(record)[:rows]))
+            if curves is None:
+                curves, table = display(picture, display_id=True), display(words, display_id=True)
+            else:
+                curves.update(picture)
+                table.update(words)
+            shown = time.perf_counter()
+        yield record
+
+
+def _telling(record) -> list[Mapping[str, Any]]:
+    groups = sorted(_by_prompt(record.completions), key=lambda group: not any(row["advantage"] for row in group))
+    return [row for group in groups for row in group]
+
+
+def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:
+    last = {name: value for name, value in history[-1].items() if value is not None}
+    names = [name for name in ("reward", "kl", "entropy", "completions/mean_length") if name in last]
+    return f"step {len(history)} of {total}: " + ", ".join(f"{name} {last[name]:.3f}" for name in names)
+
+
+class SampleBrowser(_Controlled):
+    """What the model wrote, step by step: the K completions of a prompt with rewards and advantages.
+
+    Tokens are coloured by how far the policy had moved from the reference: the log-ratio in nats.
+
+    Args:
+        path: the `completions.jsonl` of a run, or its folder.
+        tokenizer: shows the tokens one by one; without it, completions are shown whole.
+    Raises: ValueError if the run has logged no completions.
+    """
+
+    def __init__(self, path: str | Path, tokenizer=None):
+        path = Path(path)
+        rows = JsonLines(path / "completions.jsonl" if path.is_dir() else path).read()
+        if not rows:
+            raise ValueError(f"there are no completions in {path}. Has the run logged a step (logging_steps)?")
+        self._tokenizer = tokenizer
+        self._steps = sorted({row["step"] for row in rows})
+        self._groups = {step: _by_prompt([row for row in rows if row["step"] == step]) for step in self._steps}
+        self._view_html = ipywidgets.HTML()
+        most = max(len(groups) for groups in self._groups.values())
+        super().__init__(
+            {
+                "step": slider("logged step", 1, len(self._steps), len(self._steps)),
+                "prompt": slider("prompt", 1, most, 1),
+            },
+            self._view_html,
+        )
+
+    def _update(self) -> None:
+        step = self._steps[self.step.value - 1]
+        groups = self._groups[step]
+        rows = groups[min(self.prompt.value, len(groups)) - 1]
+        self.text = f"step {step}, {rows[0]['prompt']}: " + ", ".join(
+            f"{row['completion']} ({row['reward']:.2f})" for row in rows
+        )
+        title = f"<b>step {step}</b> · prompt {min(self.prompt.value, len(groups))} of {len(groups)}"
+        self.html = title + completions_table(rows, self._tokenizer)
+        self._view_html.value = self.html
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/plain": self.text, "text/html": self.html, **self._view()}
+
+
+def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    groups: dict[str, list] = {}
+    for row in rows:
+        groups.setdefault(str(row["prompt"]), []).append(row)
+    return list(groups.values())

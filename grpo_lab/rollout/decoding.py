@@ -1,0 +1,179 @@
+"""From one token to the next: with a cache that grows, or, on CUDA, by replaying one captured step.
+
+Both have `.logits` [places, V], what is said of the next token, and `.row_index`, where each row that is still being
+written finds its own; `step` goes on by one token.
+"""
+
+import warnings
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
+
+from grpo_lab.models.forward import accepts, position_ids
+
+WORTH_IT = 32  # tokens; capturing takes three steps and a moment (assumed, not measured yet)
+
+
+class DynamicCacheDecoder:
+    """Rows that are equal so far share a place: the K rows of a prompt at first, and longer where answers are few.
+
+    Of the pocket model's 256 rows 141 are different at the start of its training, 40 after twenty steps.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_generations: int):
+        self.model, self.mask = model, attention_mask
+        self.last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+        positions = position_ids(model, attention_mask)
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions, **self.last)
+        self.cache = getattr(output, "past_key_values", None)
+        if not hasattr(self.cache, "reorder_cache"):
+            raise ValueError(f"{type(model).__name__} keeps no cache that can be repeated: it cannot be sampled from.")
+        self.logits = output.logits[:, -1]
+        self.row_index = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(num_generations)
+
+    def step(self, going: Tensor, chosen: Tensor) -> None:
+        """Read the chosen tokens of the rows that go on.
+
+        Args:
+            going: [rows] bool, over the rows of `row_index`; those that do not go on are dropped.
+            chosen: [rows] ids.
+        """
+        vocabulary = self.logits.shape[1]
+        extended, self.row_index = torch.unique(self.row_index[going] * vocabulary + chosen[going], return_inverse=True)
+        parents, ids = extended // vocabulary, extended % vocabulary
+        if not torch.equal(parents, torch.arange(len(self.mask), device=parents.device)):
+            self.cache.reorder_cache(parents)  # known, unlike other methods, to recurrent and hybrid caches too
+            self.mask = self.mask[parents]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+        positions = {name: p[:, -1:] for name, p in position_ids(self.model, self.mask).items()}
+        output = self.model(
+            input_ids=ids[:, None], attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            **positions, **self.last,
+        )  # fmt: skip
+        self.logits = output.logits[:, -1]
+
+
+class _Fixed(StaticLayer):
+    """Keys and values as attention reads them: under autocast in half precision, also those that come in float32."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype), *args, **kwargs)
+
+
+class CudaGraphDecoder:
+    """Every row has its place in a cache of fixed size, and the step is a CUDA graph that is replayed.
+
+    A decode step of a small model is hundreds of kernels of microseconds each, and launching them one by one takes
+    longer than they do. It lasts for one rollout: what it holds is free for the update, and under autocast it reads
+    the weights in half precision that the prompts were read with, instead of casting them anew for each token.
+    On other devices the step is run as it is, which is how it is tested. Not measured yet.
+
+    Args:
+        rows, columns: how many completions, and how many tokens of prompt and completion at most.
+    Raises: ValueError if a layer of the model keeps something else than keys and values of all tokens.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, columns: int, device: torch.device):
+        if model.config._attn_implementation != "sdpa" or not accepts(model, "position_ids"):
+            raise ValueError("it takes no mask or no positions of our making")
+        self.model, self.cache = model, StaticCache(model.config, max_cache_len=columns)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def start(self, grown: DynamicCacheDecoder, num_generations: int) -> None:
+        """Take over from prompts that have been read."""
+        width = self.column = grown.mask.shape[1]
+        device = self.ids.device
+        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        for i, (fixed, layer) in enumerate(zip(self.cache.layers, grown.cache.layers, strict=True)):
+            if type(fixed) is not StaticLayer or type(layer) is not DynamicLayer:
+                raise ValueError("it has layers that keep something else than keys and values of all tokens")
+            keys, values = (
+                x.repeat_interleave(num_generations, 0).to(half or x.dtype) for x in (layer.keys, layer.values)
+            )
+            self.cache.layers[i] = fixed = _Fixed(fixed.max_cache_len)
+            fixed.lazy_initialization(keys, values)
+            fixed.keys[:, :, :width], fixed.values[:, :, :width] = keys, values
+        mask = grown.mask.repeat_interleave(num_generations, 0)
+        self.mask[:, 0, 0, :width] = mask.bool()
+        self.positions.copy_(mask.sum(1, keepdim=True) - 1)
+        self.row_index = torch.arange(len(self.ids), device=device)
+        if self.ids.is_cuda:
+            self._capture()
+        self.logits = grown.logits.repeat_interleave(num_generations, 0)
+
+    def step(self, going: Tensor, chosen: Tensor) -> None:
+        """As `DynamicCacheDecoder.advance`; rows that have ended are read on, and nobody looks."""
+        self.row_index = self.row_index[going]
+        self.ids[self.row_index, 0] = chosen[going]
+        self.positions += 1
+        self.mask[..., self.column] = True
+        self._set_column()
+        self.column += 1
+        if self.graph is None:
+            self.logits = self._step()
+        else:
+            self.graph.replay()
+            self.logits = self.written
+
+    def _set_column(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.column)
+
+    def _step(self) -> Tensor:
+        output = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return output.logits[:, -1]
+
+    def _capture(self) -> None:
+        # what these steps write into the next column is written over by the first real one
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are chosen and memory is taken before the capture
+            for _ in range(2):
+                self._set_column()
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._set_column()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.written = self._step()
+        self.graph = graph
+
+
+_refused: WeakSet[nn.Module] = WeakSet()
+
+
+def decoder(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_generations: int, longest: int
+) -> DynamicCacheDecoder | CudaGraphDecoder:
+    """The prompts, read; on CUDA ready to replay a captured step, unless the model refuses, which is said once.
+
+    Args:
+        longest: tokens of a completion at most.
+    """
+    grown = DynamicCacheDecoder(model, input_ids, attention_mask, num_generations)
+    if not can_capture(input_ids.device, longest) or model in _refused:
+        return grown
+    try:
+        captured = CudaGraphDecoder(model, len(grown.row_index), input_ids.shape[1] + longest, input_ids.device)
+        captured.start(grown, num_generations)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _refused.add(model)
+        warnings.warn(f"sampling goes on token by token, without a CUDA graph of {type(model).__name__}: {error}.",
+                      stacklevel=2)  # fmt: skip
+        return grown
+    return captured
+
+
+def can_capture(device: torch.device, longest: int) -> bool:
+    """CUDA graphs are for CUDA, and for more than some tokens. Elsewhere a cache of fixed size gains nothing."""
+    return device.type == "cuda" and longest >= WORTH_IT

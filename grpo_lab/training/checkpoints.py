@@ -1,0 +1,139 @@
+"""Saving and resuming: a checkpoint is there completely or not at all.
+
+A checkpoint folder is a transformers folder (config, safetensors weights, tokenizer) with one more file,
+`training_state.pt`: whatever else decides how the run goes on. It holds tensors and plain values only, and
+is read with `weights_only=True`, so that loading one cannot run code.
+"""
+
+import os
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_lab.models.adapters import is_adapted, load_adapter
+from grpo_lab.models.loading import without_progress_bars
+
+STATE_FILE = "training_state.pt"
+FINAL = "final_model"
+RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is there and cannot be used."""
+
+
+def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that `folder` appears only when everything is safely on the disk.
+
+    Args:
+        folder: replaced if it exists.
+        model, tokenizer: written by their own `save_pretrained`.
+        state: tensors and plain values.
+    Raises: OSError if it cannot be written, ValueError if the folder holds anything but a checkpoint; what
+        stood there before is then untouched.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not (folder / STATE_FILE).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files, which saving there would remove. Name a new folder.")
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
+        how = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        how = how if is_adapted(model) else {"max_shard_size": "1000GB"}
+        with without_progress_bars():
+            model.save_pretrained(unfinished, **how)
+        tokenizer.save_pretrained(unfinished)
+        sums = {file.name: _checksum(file) for file in unfinished.iterdir()}
+        torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
+        for path in [*unfinished.iterdir(), unfinished]:
+            _sync(path)
+    except Exception as error:  # each library has its own words for a full disk, and few of them say so
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write {folder} ({type(error).__name__}: {error}). Is the disk full?") from error
+    old = _hide(folder)
+    os.replace(unfinished, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    # renamed before it is removed: half removed, it would still look like a checkpoint
+    hidden = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.is_dir():
+        os.replace(folder, hidden)
+    return hidden
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and flushes files when they are closed
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as content:
+        while block := content.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The training state of a checkpoint whose files are as they were written.
+
+    Raises: ValueError if this is no checkpoint, DamagedCheckpointError if a file has changed since.
+    """
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.")
+    try:
+        archive = zipfile.ZipFile(folder / STATE_FILE)
+        if sum(part.file_size for part in archive.infolist()) > (folder / STATE_FILE).stat().st_size:
+            raise ValueError(f"{STATE_FILE} is compressed, which torch.save never does")
+        if broken := archive.testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{STATE_FILE} has changed at {broken}")
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        for name, checksum in state.pop("checksums").items():
+            if _checksum(folder / name) != checksum:
+                raise ValueError(f"{name} has changed since it was saved")
+        return state
+    except Exception as error:  # a damaged file shows itself in many ways
+        raise DamagedCheckpointError(_damaged(folder, error)) from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
+    try:
+        if is_adapted(model):
+            return load_adapter(model, folder)
+        # float32 holds what was saved in half precision too; each weight is cast to its own
+        widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+        wide = widest if widest == torch.float64 else torch.float32
+        with without_progress_bars():
+            saved, report = type(model).from_pretrained(
+                folder, config=model.config, dtype=wide, local_files_only=True, output_loading_info=True
+            )
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
+            raise ValueError(f"no weights for {', '.join(missing[:3])}")
+        model.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise DamagedCheckpointError(_damaged(folder, error)) from error
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
+    return (
+        f"the checkpoint {folder} cannot be used ({type(error).__name__}: {first_line[:200]}). "
+        "Name an older one, or start anew."
+    )

@@ -1,0 +1,249 @@
+"""Judges in a process of their own: what they find equal, and that no text makes them hang, run code or lie."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from grpo_lab.rewards import isolated as apart
+from grpo_lab.rewards.isolated import MAY_DO_MORE, GraderProcess, checksum, gym_score, math_answer
+
+SLOW = [r"\boxed{9^{9^{9^9}}}", r"#### \binom{10^9}{10^8}"]  # SymPy computes for ever
+HOSTILE = [
+    *["", " ", "nan", r"\boxed{}", r"\boxed{", r"\boxed{" * 1000, "$", "$$", "####", "#### ####", r"\frac{1}{0}"],
+    *["(" * 10**6, r"\frac{" * 2000 + "1", "\ud800", "\0", "1+" * 5000, "9**9**9**9", "$" * 10**6],
+    *[r"\input{/etc/passwd}", "__import__('os').system('true')", "$x=__import__('os')$", "eval('7')", "lambda: 7"],
+    *[r"\infty", "{" * 10**5, "[7]"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def math():
+    pytest.importorskip("math_verify")
+    return lambda text, answer: math_answer(["?"], [text], [answer])[0]
+
+
+# --- mathematics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so it is \boxed{0.5}", r"\frac{1}{2}"),
+        (r"\boxed{\dfrac12}", r"$\frac{1}{2}$"),
+        (r"#### \frac{1}{2}", "0.5"),
+        ("#### 1/2", r"We halve it: \boxed{\frac12}."),
+        ("#### 7", "12 - 5 = 7\n#### 7"),
+        ("It is 1,200.", 1200),
+        ("#### x^2+1", "1 + x^2"),
+        (r"\boxed{x^2+2x+1}", "$(x+1)^2$"),
+        (r"\boxed{2\sqrt{2}}", r"\sqrt{8}"),
+        (r"one is \boxed{3}, the other \boxed{4}", r"\{3, 4\}"),
+        (r"\boxed{\{2, 1\}}", r"\{1, 2\}"),
+        (r"\boxed{(1, 2)}", "(1,2)"),
+        ("It is $x = 3$.", "3"),
+        (r"\boxed{10\%}", "0.1"),
+        ("#### -4", "-4"),
+    ],
+)
+def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
+    assert math(text, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{\frac{1}{3}}", r"\frac{1}{2}"),
+        (r"\boxed{4}, or was it \boxed{3}?", "4"),
+        ("#### 7", "8"),
+        ("7 #### 8", "7"),
+        (r"\boxed{(2, 1)}", "(1,2)"),
+        ("#### 4", "-4"),
+        ("#### x^2 - 1", "x^2+1"),
+        ("no idea", "7"),
+    ],
+)
+def test_what_is_not_equal_scores_nothing(math, text, answer):
+    assert math(text, answer) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:math-verify takes more than")
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:16]))
+def test_hostile_text_scores_nothing(math, monkeypatch, text):
+    monkeypatch.setattr(apart, "MAX_SECONDS", 1.0)
+    assert math(text, "-4242.5") == 0.0
+
+
+@pytest.mark.parametrize("text", SLOW)
+def test_what_would_compute_for_ever_is_ended_and_the_next_answer_is_judged(math, monkeypatch, text):
+    assert math("#### 7", "7") == 1.0  # it runs
+    monkeypatch.setattr(apart, "MAX_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=r"math-verify takes more than 0\.5 s for some answers, which score 0"):
+        assert math(text, "7") == 0.0
+    assert time.monotonic() - began < 20
+    monkeypatch.undo()
+    assert math("#### 7", "7") == 1.0
+
+
+def test_a_judge_that_ended_since_its_last_answer_is_no_fault_of_the_next(math):
+    assert math("#### 7", "7") == 1.0
+    judge = GraderProcess.of("math_verify")
+    judge.process.kill()  # as a system does that is short of memory
+    judge.process.wait()
+    assert math("#### 7", "7") == 1.0
+
+
+def test_a_right_answer_that_cannot_be_read_is_an_error_that_shows_it(math):
+    with pytest.raises(ValueError, match="the answer column must hold LaTeX or numbers, got ''"):
+        math("#### 7", "")
+    assert math("#### 7", "7") == 1.0
+
+
+def test_it_waits_for_the_next_answer_as_long_as_that_takes(math):
+    judge = GraderProcess.of("math_verify")
+    judge.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apart, "MAX_SECONDS", 0.0)  # so that it would end itself after a second
+        judge._start()
+    process = judge.process
+    assert judge._exchange(["7", "7"], 60) == 1.0
+    time.sleep(1.5)
+    assert math("#### 7", "7") == 1.0
+    assert judge.process is process
+    judge.stop()  # the next one is as usual
+
+
+def test_it_works_in_a_thread_where_a_limit_by_signal_would_not(math):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(math(r"\boxed{0.5}", r"\frac12")))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+def test_the_trainer_takes_it_with_a_limit_of_its_own(math):
+    from grpo_lab.rewards.reward_models import Rewards
+
+    scored = Rewards(math_answer, None, timeout=60)(["?"] * 2, ["#### 1/2", "#### 2"], {"answer": ["0.5", "0.5"]})
+    assert scored.first.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal to a group of processes")
+def test_ctrl_c_in_the_terminal_leaves_the_judge_alone(math):
+    code = (
+        "import os, signal, time\nfrom grpo_lab.rewards.isolated import GraderProcess\n"
+        "judge = GraderProcess.of('math_verify')\n"
+        "judge.score('7', '7')\nbefore = judge.process.pid\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
+        "os.killpg(0, signal.SIGINT)\ntime.sleep(0.2)\nprint(judge.score('7', '7'), judge.process.pid == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("1.0 True\n", "")
+
+
+def test_an_interrupt_between_question_and_reply_does_not_give_the_reply_to_the_next(math, monkeypatch):
+    judge = GraderProcess.of("math_verify")
+    assert math("#### 7", "7") == 1.0
+
+    class Interrupted:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(judge.process, "stdout", Interrupted(judge.process.stdout))
+    with pytest.raises(KeyboardInterrupt):
+        math("#### 7", "7")
+    assert judge.process is None
+    assert math("#### 8", "7") == 0.0
+
+
+def test_it_ends_with_the_program_that_started_it(math):
+    code = "from grpo_lab.rewards.isolated import GraderProcess\n"
+    code += "j = GraderProcess.of('math_verify')\nj.score('7', '7')\nprint(j.process.pid)"
+    process = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    assert not running(process)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no alarm")
+def test_it_ends_itself_where_nobody_is_left_to_end_it(math):
+    code = f"""
+import os, signal, threading
+from grpo_lab.rewards import isolated
+isolated.MAX_SECONDS = 1.0
+judge = isolated.GraderProcess.of("math_verify")
+judge.score("7", "7")
+print(judge.process.pid, flush=True)
+isolated.MAX_SECONDS = 1e6
+threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGKILL]).start()
+judge.score({SLOW[0]!r}, "7")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    deadline = time.monotonic() + 30
+    while running(int(run.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not running(int(run.stdout))
+
+
+def running(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_library_that_cannot_work_says_why(math, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr')")
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = GraderProcess("math_verify")
+    with pytest.raises(ValueError, match=r"math-verify cannot be used here \(ImportError: no antlr\)"):
+        judge.score("7", "7")
+    judge.stop()
+
+
+# --- reasoning-gym ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["exit()", "exit ()", "exit\n()", "(exit)()", "[exit][0]()", "'a'()", "{1: exit}[1]()", "x.y", "(1).real", "1 . r",
+     "__import__", "a\\\nb", "'\\x28'", "exit#\n()", "f'{exit()}'", "ｅxit()", "notsin(x)", "sin(x).subs",
+     "lambda: exit()", "@exit", "`exit`", "exit(1)*sin(x)", "sin(exit(1))", "(lambda: 1)()", "expit(1)"],
+)  # fmt: skip
+def test_an_answer_that_could_call_something_is_not_handed_on(text):
+    assert MAY_DO_MORE.search(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["6*(98 - 54) - 34 - 66", "(3+5)*7", "1.5 + 2", ".5*x", "x**2/2 + C", "sin(x)*cos (x) + log(x) + sqrt(2)",
+     "exp(-x)", "[['Q', '_'], ['_', 'Q']]", "[1, 2, 3]", "['A', 'B']", "Q _ _\n_ Q _", "0 1\n1 0", "-12", "1/2"],
+)  # fmt: skip
+def test_and_one_that_only_computes_is(text):
+    assert not MAY_DO_MORE.search(text)
+
+
+@pytest.mark.parametrize("name", ["n_queens", "spiral_matrix", "countdown", "simple_integration"])
+def test_scorers_that_run_answers_run_no_code_and_know_the_right_one(name, tmp_path):
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset(name, seed=7, size=3)[2]
+    trace = tmp_path / "trace"
+    harmful = f"__import__('pathlib').Path({str(trace)!r}).touch()"
+    answers = [f"hm\n#### {entry['answer']}", harmful, f"open({str(trace)!r}, 'w')", f"[{harmful}]"]
+    scores = gym_score(name)(["?"] * 4, answers, problem=[[7, 2, 3, checksum(entry["question"])]] * 4, answer=["?"] * 4)
+    assert scores == [1.0, 0.0, 0.0, 0.0]
+    assert not trace.exists()
+
+
+def test_a_problem_that_is_not_made_again_as_it_was_is_an_error_not_a_score():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match=r"leg_counting makes another problem each time\. Set PYTHONHASHSEED=0"):
+        gym_score("leg_counting")(["?"], ["7"], problem=[[7, 2, 3, checksum("another")]])

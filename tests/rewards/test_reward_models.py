@@ -1,0 +1,248 @@
+"""Reward models: whatever judges, a padded batch is judged like its rows, and what goes wrong has a name."""
+
+import functools
+import math
+import warnings
+from itertools import count
+
+import pytest
+import torch
+from conftest import CHAT, TEMPLATE, starting_tokenizer, tiny_architecture, tiny_model
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+from grpo_lab.rewards.reward_models import CausalLMReward, Rewards, SequenceClassifierReward
+from grpo_lab.rollout.prompts import encode_prompt
+from grpo_lab.tasks.pocket.make import make_tokenizer
+
+PROMPTS = ["3,5,7:22=", "1+1=", CHAT, "9", "2,2,2:6="]
+COMPLETIONS = ["3*5+7", "2", "", "(9-9)*9+9/9-9", "2+2+2"]
+
+
+def classifier(num_labels=1, **changes):
+    settings = {
+        "vocab_size": 22, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen2ForSequenceClassification(Qwen2Config(num_labels=num_labels, **settings | changes)).eval()
+
+
+def causal_lm_reward(model, tokenizer=None):
+    with pytest.warns(UserWarning, match="is a demonstration"):
+        return CausalLMReward(model, tokenizer or starting_tokenizer(TEMPLATE))
+
+
+def score(judge, completions=("a", "bb"), columns=None, **settings):
+    prompts = [f"prompt {i}" for i in range(len(completions))]
+    return Rewards(judge, make_tokenizer(), **settings)(prompts, list(completions), columns or {})
+
+
+# --- sequence classifiers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", [0, None], ids=["its own padding", "none"])
+def test_a_classifier_gives_its_logit_and_a_batch_equals_its_rows(pad):
+    tokenizer, model = starting_tokenizer(TEMPLATE), classifier(pad_token_id=pad)
+    judge = SequenceClassifierReward(model, tokenizer)
+    together = judge(PROMPTS, COMPLETIONS)
+    alone = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    # by hand, without padding: the logit at the last token of the whole text
+    texts = {0: "<eos>3,5,7:22=3*5+7", 2: "<eos>2+2=::"}  # a text; a chat of two turns, with one start and not two
+    for i, text in texts.items():
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model.score(model.model(ids).last_hidden_state)[0, -1, 0].item()
+        assert together[i] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_classifier_has_its_own_tokenizer():
+    theirs = make_tokenizer()
+    theirs.add_tokens(["3*5"])  # one token where the policy's tokenizer has three
+    model = classifier(vocab_size=len(theirs))
+    own, policys = SequenceClassifierReward(model, theirs), SequenceClassifierReward(model, make_tokenizer())
+    assert Rewards(own, make_tokenizer())(["3,5,7:22="], ["3*5+7"], {}).total.tolist() == own(["3,5,7:22="], ["3*5+7"])
+    assert own(["3,5,7:22="], ["3*5+7"]) != pytest.approx(policys(["3,5,7:22="], ["3*5+7"]))
+
+
+def test_a_chat_without_a_template_is_joined_line_by_line_and_nothing_at_all_is_still_scored():
+    judge = SequenceClassifierReward(classifier(), starting_tokenizer())
+    assert judge([CHAT], ["4"]) == pytest.approx(judge(["2+2=\n"], ["4"]))
+    assert math.isfinite(SequenceClassifierReward(classifier(), make_tokenizer())([""], [""])[0])
+
+
+def test_a_classifier_with_two_outputs_is_refused():
+    with pytest.raises(ValueError, match=r"one output, Qwen2ForSeq\w+ has 2\. Load it with num_labels=1"):
+        Rewards(classifier(num_labels=2), make_tokenizer())
+
+
+# --- causal language models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_causal_lm_gives_the_mean_log_probability_per_completion_token(name):
+    model, tokenizer = tiny_architecture(name), starting_tokenizer(TEMPLATE)
+    found = causal_lm_reward(model)(PROMPTS, COMPLETIONS)
+    for prompt, completion, value in zip(PROMPTS, COMPLETIONS, found, strict=True):
+        head = encode_prompt(tokenizer, prompt)
+        tail = tokenizer(completion, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        logprobs = []
+        for t, token in enumerate(tail):  # the specification: token by token, without padding
+            with torch.no_grad():
+                logits = model(torch.tensor([head + tail[:t]])).logits[0, -1]
+            logprobs.append(logits.log_softmax(-1)[token].item())
+        assert value == pytest.approx(sum(logprobs) / len(logprobs), abs=1e-5)
+
+
+def test_a_causal_lm_warns_when_it_is_made_and_not_again(model, tokenizer):
+    with pytest.warns(UserWarning, match="demonstration: it rewards what the model finds likely") as caught:
+        rewards = Rewards(model, tokenizer)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rewards(["2+2="] * 2, ["4", "5"], {}).parts["mean_logprob"].max() < 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["classifier", "causal_lm"])
+def test_models_are_judged_without_dropout_and_get_their_mode_back(kind, training):
+    noisy = {"attention_dropout": 0.5}
+    model = classifier(**noisy) if kind == "classifier" else tiny_model(**noisy)
+    judge = SequenceClassifierReward(model, make_tokenizer()) if kind == "classifier" else causal_lm_reward(model)
+    model.train(training)
+    assert judge(["2+2="], ["4"]) == judge(["2+2="], ["4"])
+    assert model.training == training
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- callables ------------------------------------------------------------------------------------------
+
+
+def lengths(prompts, completions):
+    return [float(len(c)) for c in completions]
+
+
+def matches(prompts, completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def all_columns(prompts, completions, **columns):
+    return [float("".join(columns) == "answerlevel")] * len(completions)
+
+
+class Judge:
+    def __call__(self, prompts, completions, *, level):
+        return torch.tensor(level)
+
+
+@pytest.mark.parametrize(
+    ("judge", "expected", "name"),
+    [
+        (lengths, [1.0, 2.0], "lengths"),
+        (matches, [0.0, 1.0], "matches"),
+        (all_columns, [1.0, 1.0], "all_columns"),
+        (Judge(), [3.0, 4.0], "Judge"),
+        (lambda prompts, completions: [prompts[1] == "prompt 1", 0], [1.0, 0.0], "<lambda>"),
+        (functools.partial(matches, answer=["a", "x"]), [1.0, 0.0], "partial"),
+    ],
+)
+def test_a_function_gets_the_columns_that_it_asks_for(judge, expected, name):
+    columns = {"answer": ["x", "bb"], "level": [3, 4]}
+    if isinstance(judge, functools.partial):
+        columns.pop("answer")  # it has its own
+    scored = score(judge, columns=columns)
+    assert scored.total.tolist() == expected
+    assert list(scored.parts) == [name]
+
+
+def test_several_functions_are_weighted_and_one_that_does_not_score_is_left_out():
+    some = {"first": [1.0, None, None, 2.0], "second": [10.0, 10.0, math.nan, None]}
+    judges = [lambda prompts, completions, values=v: values for v in some.values()]
+    scored = score(judges, "abcd", weights=[2, 0.5])
+    # 2 * 1 + 0.5 * 10 = 7;  0.5 * 10 = 5;  nobody scored: NaN, which is not 0;  2 * 2 = 4
+    assert scored.total.tolist() == pytest.approx([7.0, 5.0, math.nan, 4.0], nan_ok=True)
+    assert scored.total.dtype == torch.float32
+    assert list(scored.parts) == ["<lambda>_0", "<lambda>_1"]  # two of one name are numbered
+    assert scored.parts["<lambda>_1"].tolist() == pytest.approx([10, 10, math.nan, math.nan], nan_ok=True)  # unweighted
+    assert score((lengths, lengths)).total.tolist() == [2.0, 4.0]  # without weights: 1 each
+
+
+@pytest.mark.filterwarnings("ignore:A causal LM")
+def test_models_and_functions_may_stand_side_by_side(tokenizer):
+    scored = Rewards([lengths, classifier(), tiny_model()], tokenizer)(["2+2="], ["4"], {"answer": ["4"]})
+    assert list(scored.parts) == ["lengths", "reward_model", "mean_logprob"]
+    assert scored.total.item() == pytest.approx(sum(v.item() for v in scored.parts.values()))
+
+
+def broken(prompts, completions):
+    return [1.0, {}["answer"]]
+
+
+def returning(*values):
+    def judge(prompts, completions):
+        return values if len(values) != 1 else values[0]
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (broken, "'broken' raised KeyError: 'answer'"),
+        (matches, "'matches' raised LookupError: .*needs the column 'answer', and the dataset has prompt"),
+        (returning(0.5), "'judge' must return a list with one number per completion, got 0.5"),
+        (returning(1.0), "'judge' must return a list .*got 1.0"),
+        (returning(None), "'judge' must return a list .*got None"),
+        (returning([1.0]), "'judge' returned 1 values for 2 completions"),
+        (returning(count()), "'judge' returned 3 or more values for 2 completions"),
+        (returning(1.0, 10**5000), "'judge' returned inf for the completion 'bb'"),
+        (returning(1.0, "2"), "'judge' must return numbers or None, got '2'"),
+        (returning(1.0, [2.0]), r"'judge' must return numbers or None, got \[2.0\]"),
+        (returning(1.0, 2j), "'judge' must return numbers or None, got 2j"),
+        (returning(torch.ones(2, 2)), "'judge' must return numbers or None, got tensor"),
+        (returning(1.0, math.inf), "'judge' returned inf for the completion 'bb'"),
+        (returning(-math.inf, 1.0), "'judge' returned -inf for the completion 'a'"),
+        (returning(1.0, 1e39), r"'judge' returned 1e\+39 for the completion 'bb'"),  # infinite in float32
+    ],
+)
+def test_a_broken_reward_function_is_named(judge, message):
+    with pytest.raises(ValueError, match=f"the reward function {message}"):
+        score([lengths, judge])
+
+
+@pytest.mark.parametrize(
+    ("judge", "weights", "error", "message"),
+    [
+        ([lengths, matches], [1.0], ValueError, "got 1 reward_weights for 2 reward functions"),
+        ([], None, ValueError, "at least one reward function is needed"),
+        ("accuracy", None, TypeError, r"a model or a callable f\(prompts, completions, \*\*columns\), got 'accuracy'"),
+        ([lengths, None], None, TypeError, "got None"),
+    ],
+)
+def test_what_cannot_judge_is_refused(judge, weights, error, message):
+    with pytest.raises(error, match=message):
+        Rewards(judge, make_tokenizer(), weights)
+
+
+def test_a_classifier_without_padding_judges_at_the_very_end(tokenizer):
+    """Its tokenizer pads with the end token, and the texts end in it: the last token must not count as padding."""
+    from grpo_lab import SequenceClassifierReward
+
+    model, tokenizer = classifier(pad_token_id=None), tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    tokenizer.pad_token = "<eos>"
+    chats = [[{"role": "user", "content": "1+1="}], [{"role": "user", "content": "2*3-1="}]]
+    got = SequenceClassifierReward(model, tokenizer)(chats, ["2", "5"])
+    for chat, answer, score in zip(chats, ["2", "5"], got, strict=True):
+        ids = tokenizer(f"{chat[0]['content']}<eos>{answer}<eos>", return_tensors="pt")["input_ids"]
+        hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
+        assert score == pytest.approx(model.score(hidden).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [1e16, -1e20, 1e39])
+def test_a_reward_whose_square_would_overflow_is_refused(tokenizer, reward):
+    def huge(prompts, completions):
+        return [reward] * len(completions)
+
+    with pytest.raises(ValueError, match=r"'huge' returned .* must be finite, and at most 1e"):
+        Rewards(huge, tokenizer)(["1+1="], ["2"], {})
