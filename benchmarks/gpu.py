@@ -86,7 +86,7 @@ def random_trainer(shape: str, folder: str, device: str, small: bool, **changes)
         model, None, lambda prompts, completions: [drawn.random() for _ in completions], tokenizer,
         GRPOConfig(**settings | changes), SimplePromptDataset(random_prompts(64, 16 if small else PROMPT_TOKENS)),
     )  # fmt: skip
-    trainer.end_ids = [-1]  # nothing ends: the lengths are those that are asked for
+    trainer.components.end_ids = [-1]  # nothing ends: the lengths are those that are asked for
     return trainer
 
 
@@ -239,7 +239,7 @@ def member(folder: str, device: str, small: bool, fsdp: bool) -> None:
     changes = {"batch_size": 8, "max_steps": 4, "precision": "fp32", "fsdp": fsdp, "learning_rate": 1e-5}
     small_changes = {"batch_size": 4} if small else {"max_new_tokens": 64}
     trainer = random_trainer("small" if small else "0.5B", folder, device, small, **changes | small_changes)
-    trainer.rewards.functions[0] = lambda prompts, completions: [c.count("1") / 10 for c in completions]
+    trainer.components.rewards.functions[0] = lambda prompts, completions: [c.count("1") / 10 for c in completions]
     records = list(trainer.steps())
     squares = sum(p.double().square().sum().item() for p in trainer.policy.parameters())
     if trainer.processes.is_main:

@@ -130,7 +130,7 @@ def measure(name: str, folder: str) -> dict:
     planning = time.perf_counter() - began
     trainer = GRPOTrainer(model, None, judge, tokenizer, config, dataset)
     if shape != "pocket":
-        trainer.end_ids = [-1]  # nothing ends
+        trainer.components.end_ids = [-1]  # nothing ends
     steps = trainer.steps()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is held now
     next(steps)

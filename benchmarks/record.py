@@ -109,7 +109,7 @@ def record(name: str, changes: dict, seed: int) -> dict:
         "name": name,
         "seed": seed,
         "model": "pocket",
-        "rewards": trainer.rewards.names,
+        "rewards": trainer.components.rewards.names,
         "changed": changes,
         "config": {k: v for k, v in config.to_dict().items() if "output_dir" not in k},
         "command": f"python benchmarks/record.py {name}",

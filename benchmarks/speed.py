@@ -166,34 +166,38 @@ def _windows(judged: list[tuple[float, float]]):
 def ours(model, tokenizer, prompts, reward, config, off, steps):
     """Our trainer, perhaps with one optimisation turned off."""
     from grpo_lab import GRPOTrainer, SimplePromptDataset
-    from grpo_lab.training import trainer
+    from grpo_lab.training import step
 
     run = GRPOTrainer(model, None, reward, tokenizer, config, SimplePromptDataset(prompts))
     if off == "sharing in training":  # prompts, and completions that are the same
-        run._score_under = lambda model, rollouts, score: score(
+        run.components.models._score_under = lambda model, rollouts, score: score(
             model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens, dedup=False
         )
     if "no_gradient groups" in off:
-        trainer.make_micro_batches, whole = (
+        step.make_micro_batches, whole = (
             (lambda r, k, budget, no_gradient: whole(r, k, budget, no_gradient & False)),
-            trainer.make_micro_batches,
+            step.make_micro_batches,
         )
     if off == "sharing in sampling":  # prompts, and rows that are the same so far
-        plain, K = run.sample, config.num_generations_per_prompt
-        run.sample = lambda prompts, uniforms, _: plain([p for p in prompts for _ in range(K)], uniforms, 1)
+        plain = run.components.sampler.sample
+        run.components.sampler.sample = lambda ids, *, num_generations, **settings: plain(
+            [i for i in ids for _ in range(num_generations)], num_generations=1, **settings
+        )
     if off.startswith("own sampler"):
         how = {"cache_implementation": "static"} if "static" in off else {}
-        run.sample = lambda prompts, uniforms, K: generated(run, prompts, uniforms, K, how)
-    generating, tokens, sample = [], [], run.sample
+        run.components.sampler.sample = lambda ids, *, uniforms, num_generations, **_: generated(
+            run, ids, uniforms, num_generations, how
+        )
+    generating, tokens, sample = [], [], run.components.sampler.sample
 
-    def timed(*arguments):
+    def timed(*arguments, **settings):
         began = time.perf_counter()
-        rollouts = sample(*arguments)
+        rollouts = sample(*arguments, **settings)
         generating.append(time.perf_counter() - began)
         tokens.append(int(rollouts.completion_mask.sum()))
         return rollouts
 
-    run.sample = timed
+    run.components.sampler.sample = timed
     ends, began = [], time.perf_counter()
     for _ in run.steps():
         ends.append(time.perf_counter())
@@ -202,22 +206,21 @@ def ours(model, tokenizer, prompts, reward, config, off, steps):
     return began, [b - a for a, b in itertools.pairwise(ends)], generating[1:], sum(tokens[1:])
 
 
-def generated(run, prompts, uniforms, K, how):
+def generated(run, prompt_ids, uniforms, K, how):
     """What transformers' generate makes of the same prompts."""
     import torch
 
-    from grpo_lab.rollout.prompts import encode_prompt
     from grpo_lab.rollout.sampling import Rollouts, left_pad
 
-    ids, mask = left_pad([encode_prompt(run.tokenizer, p) for p in prompts], run.pad_id)
+    ids, mask = left_pad(prompt_ids, run.components.pad_id)
     ids, mask = ids.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
     with torch.no_grad():
         whole = run.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=uniforms.shape[1],
-            eos_token_id=run.end_ids, pad_token_id=run.pad_id, **how,
+            eos_token_id=run.components.end_ids, pad_token_id=run.components.pad_id, **how,
         )  # fmt: skip
     drawn = whole[:, ids.shape[1] :]
-    ends = torch.isin(drawn, torch.tensor(run.end_ids))
+    ends = torch.isin(drawn, torch.tensor(run.components.end_ids))
     real = ends.cumsum(1) - ends.long() == 0
     return Rollouts(whole, torch.cat([mask, real.long()], 1), real, torch.zeros(real.shape), None, ends.any(1))
 

@@ -130,13 +130,13 @@ def collected(folder, preset="grpo", *, reward=by_text, parts=1, **changes):
     batch = run.collect(range(len(PROMPTS)))
     exact(run.model), exact(run.ref_model)
     for part in batch.parts:
-        part.ref_logprobs = run.reference_logprobs(part.rollouts)
+        part.ref_logprobs = run.components.models.reference_logprobs(part.rollouts)
     return run, batch
 
 
 def our_update(run, batch) -> Step:
     kept = []
-    hook = run.optimizer.optimizer.register_step_pre_hook(lambda *_: kept.append(gradient(run.model)))
+    hook = run.components.engine.optimizer.optimizer.register_step_pre_hook(lambda *_: kept.append(gradient(run.model)))
     metrics = run.update(batch) | batch.metrics | {"num_tokens": run.num_tokens}
     hook.remove()
     run.step += 1

@@ -162,6 +162,13 @@ class Rewards:
         names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
+    def to(self, device: torch.device, replaced: dict[nn.Module, nn.Module]) -> None:
+        """Move reward models to the device, and use the second of each pair in `replaced` in place of the first."""
+        for function in self.functions:
+            if isinstance(model := getattr(function, "model", None), nn.Module):
+                model.to(device)
+                function.model = replaced.get(model, model)
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: dict[str, list]) -> Scored:
         """Score B completions; `prompts` and each column have B entries too.
 

@@ -1,18 +1,14 @@
-"""What one rollout gives, how it is cut into micro-batches, and what is counted while it is used."""
+"""A batch: all completions of one rollout with their advantages, cut into micro-batches."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_lab.algorithm.advantages import all_equal, group_std
-from grpo_lab.algorithm.losses import LossTerms
 from grpo_lab.hardware.processes import Processes
 from grpo_lab.rollout.sampling import Rollouts
-from grpo_lab.rollout.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,11 @@ class Batch:
     updates: int = 0
     """Optimizer steps made on it so far."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts and completions, on this process."""
+        return sum(int(part.rollouts.attention_mask.sum()) for part in self.parts)
+
     def saved(self) -> dict[str, Any]:
         """As plain values, and tensors in main memory: another process's GPU is not for these."""
 
@@ -143,61 +144,3 @@ class Batch:
             p.select(start, num_generations) for p, start in (groups[i] for i in processes.shard_range(len(groups)))
         ]
         return cls(**{**saved[0], "parts": mine})
-
-
-@dataclass
-class UpdateSums:
-    """Running sums over the micro-batches of one update."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    entropy: float = 0.0
-    clipped_low: float = 0.0
-    clipped_high: float = 0.0
-    difference: float = 0.0
-    largest_difference: float = 0.0
-    largest_kl: float = 0.0
-    weights: list[float] = field(default_factory=list)
-    """What each completion or token counted, where another program has sampled."""
-
-    @classmethod
-    def merged(cls, several: list["UpdateSums"]) -> "UpdateSums":
-        """Of all processes."""
-
-        def of(name: str):
-            values = [getattr(sums, name) for sums in several]
-            if name == "weights":
-                return [weight for some in values for weight in some]
-            return max(values) if name.startswith("largest") else math.fsum(values)
-
-        return cls(**{f.name: of(f.name) for f in fields(cls)})
-
-    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch, weights: Tensor | None = None) -> None:
-        """Count one micro-batch in."""
-        mask = part.rollouts.completion_mask
-        difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
-        self.loss += terms.loss.item()
-        self.entropy += scores.entropies.where(mask, 0.0).sum().item()
-        self.clipped_low += terms.clipped_low.sum().item()
-        self.clipped_high += terms.clipped_high.sum().item()
-        self.difference += difference.sum().item()
-        self.largest_difference = max(self.largest_difference, difference.max().item())
-        if terms.kl is not None:
-            self.kl += terms.kl.sum().item()
-            self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
-        if weights is not None:
-            self.weights += (weights[mask] if weights.shape == mask.shape else weights.flatten()).tolist()
-
-
-def batch_metrics(lengths: Tensor, ended: Tensor, rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
-    """What a rollout says of itself: lengths in tokens [B], whether ended [B], rewards [P, K], of each function [B]."""
-    metrics = {
-        "reward": rewards.nanmean().item(),
-        "reward_std": group_std(rewards).mean().item(),
-        "frac_reward_zero_std": all_equal(rewards).float().mean().item(),
-        "completions/mean_length": lengths.float().mean().item(),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": (~ended).float().mean().item(),
-    }
-    return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}

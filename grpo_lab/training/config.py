@@ -216,6 +216,19 @@ class GRPOConfig:
             t for t in self.report_to if t != "wandb" or not self.use_wandb
         )
 
+    def loss_settings(self, *, tokens: int, completions: int) -> dict[str, Any]:
+        """Return the keyword arguments of `grpo_loss` that these settings decide.
+
+        Args:
+            tokens, completions: of the whole optimizer batch, over which the loss is a mean.
+        """
+        names = ("kl_estimator", "clip_range", "clip_range_high", "importance", "surrogate", "aggregation")
+        return {name: getattr(self, name) for name in names} | {
+            "kl_coef": self.kl_coef if self.kl_in == "loss" else 0.0,
+            "constant": self.aggregation_constant or self.max_new_tokens,
+            "total": tokens if self.aggregation == "token-mean" else completions,
+        }
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GRPOConfig":
         """The settings of a paper or model by name, with changes. Raises ValueError for an unknown name."""

@@ -2,6 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_lab.rewards.reward_models import Scored
+from grpo_lab.rollout.prompts import Row
+from grpo_lab.training.order import derived_seed
+from grpo_lab.training.step import Components, decode, sample_completions, score_texts
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -71,3 +80,42 @@ def evaluation_lines(scores: Mapping[str, float], K: int) -> list[str]:
         f"(95 %: {scores[f'eval/{key}_low']:.1%} to {scores[f'eval/{key}_high']:.1%})"
         for label, key in (("sampled", "pass@1"), ("greedy", "pass@1_greedy"), (f"at least one of {K}", f"pass@{K}"))
     ]
+
+
+def evaluate(c: Components, dataset, K: int) -> dict[str, float]:
+    """Answer each prompt greedily once and K times sampled, each process its share; see `GRPOTrainer.evaluate`."""
+    right: list[tuple[bool, int]] = []
+    rewards: list[float] = []
+    size = max(1, c.rollout_batch_size * c.config.num_generations_per_prompt // K)
+    uniforms = uniforms_for(c, len(dataset) * K, "evaluate", 0)
+    mine = c.processes.shard_range(len(dataset))
+    for start in range(mine.start, mine.stop, size):
+        rows = [dataset[i] for i in range(start, min(start + size, mine.stop))]
+        greedy = answer(c, rows, uniforms[: len(rows)], 1, top_k=1)[1].first  # whatever the numbers are
+        _, scored = answer(c, rows, uniforms[start * K : (start + len(rows)) * K], K)
+        sampled = (scored.first.view(-1, K) >= c.config.success_reward).sum(1)
+        right += zip((greedy >= c.config.success_reward).tolist(), sampled.tolist(), strict=True)
+        rewards += scored.total.tolist()
+    return evaluation_metrics(c.processes.gather(right), c.processes.gather(rewards), K)
+
+
+def examples(c: Components, dataset, number: int) -> list[dict[str, Any]]:
+    """Sample one completion for each of the first prompts, always with the same random numbers."""
+    rows = [dataset[i] for i in range(min(number, len(dataset)))]
+    texts, scored = answer(c, rows, uniforms_for(c, len(rows), "examples", 0), 1)
+    return [
+        {"prompt": row["prompt"], "completion": text, "reward": reward}
+        for row, text, reward in zip(rows, texts, scored.total.tolist(), strict=True)
+    ]
+
+
+def answer(c: Components, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> tuple[list[str], Scored]:
+    """Sample K completions for each row and score them."""
+    texts = decode(c.tokenizer, sample_completions(c, [row["prompt"] for row in rows], uniforms, K, **truncation))
+    return texts, score_texts(c.rewards, rows, texts, K)
+
+
+def uniforms_for(c: Components, rows: int, purpose: str, number: int) -> Tensor:
+    """Draw [rows, max_new_tokens] uniform numbers from a seed of their own, on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(derived_seed(c.config.seed, purpose, number))
+    return torch.rand(rows, c.config.max_new_tokens, generator=generator)

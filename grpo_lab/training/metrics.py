@@ -1,11 +1,19 @@
-"""Metrics of a run: their names and meanings, and the JSON-lines files that hold them."""
+"""Metrics of a run: their names and meanings, how a step computes them, and the JSON-lines files that hold them."""
 
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from grpo_lab.algorithm.advantages import all_equal, group_std
+from grpo_lab.algorithm.losses import LossTerms
+from grpo_lab.rollout.scoring import Scores
+from grpo_lab.training.batches import MicroBatch
 
 METRICS: dict[str, str] = {
     "step": "optimizer steps so far",
@@ -108,3 +116,92 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         else:
             result[name] = math.fsum(values) / len(values)
     return result
+
+
+@dataclass
+class UpdateSums:
+    """Running sums over the micro-batches of one update."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    difference: float = 0.0
+    largest_difference: float = 0.0
+    largest_kl: float = 0.0
+    weights: list[float] = field(default_factory=list)
+    """What each completion or token counted, where another program has sampled."""
+
+    @classmethod
+    def merged(cls, several: list["UpdateSums"]) -> "UpdateSums":
+        """Of all processes."""
+
+        def of(name: str):
+            values = [getattr(sums, name) for sums in several]
+            if name == "weights":
+                return [weight for some in values for weight in some]
+            return max(values) if name.startswith("largest") else math.fsum(values)
+
+        return cls(**{f.name: of(f.name) for f in fields(cls)})
+
+    def add(self, terms: LossTerms, scores: Scores, part: MicroBatch, weights: Tensor | None = None) -> None:
+        """Count one micro-batch in."""
+        mask = part.rollouts.completion_mask
+        difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
+        self.loss += terms.loss.item()
+        self.entropy += scores.entropies.where(mask, 0.0).sum().item()
+        self.clipped_low += terms.clipped_low.sum().item()
+        self.clipped_high += terms.clipped_high.sum().item()
+        self.difference += difference.sum().item()
+        self.largest_difference = max(self.largest_difference, difference.max().item())
+        if terms.kl is not None:
+            self.kl += terms.kl.sum().item()
+            self.largest_kl = max(self.largest_kl, terms.kl.abs().max().item())
+        if weights is not None:
+            self.weights += (weights[mask] if weights.shape == mask.shape else weights.flatten()).tolist()
+
+
+def batch_metrics(lengths: Tensor, ended: Tensor, rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
+    """What a rollout says of itself: lengths in tokens [B], whether ended [B], rewards [P, K], of each function [B]."""
+    metrics = {
+        "reward": rewards.nanmean().item(),
+        "reward_std": group_std(rewards).mean().item(),
+        "frac_reward_zero_std": all_equal(rewards).float().mean().item(),
+        "completions/mean_length": lengths.float().mean().item(),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": (~ended).float().mean().item(),
+    }
+    return metrics | {f"rewards/{name}/mean": values.nanmean().item() for name, values in by_function.items()}
+
+
+def update_metrics(
+    sums: UpdateSums, tokens: int, *, grad_norm: float, learning_rate: float, first: bool, with_kl: bool
+) -> dict[str, float]:
+    """Return the metrics of an update.
+
+    Args:
+        tokens: sampled tokens of the batch, over which `sums` run.
+        first: whether it is the first update on its rollout, which compares sampler and scorer.
+        with_kl: whether there is a reference.
+    """
+    metrics = {
+        "loss": sums.loss,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "entropy": sums.entropy / tokens,
+        "clip_ratio/low_mean": sums.clipped_low / tokens,
+        "clip_ratio/high_mean": sums.clipped_high / tokens,
+        "clip_ratio/region_mean": (sums.clipped_low + sums.clipped_high) / tokens,
+    }
+    if with_kl:
+        metrics["kl"] = sums.kl / tokens
+    if first:
+        metrics["sampling/sampling_logp_difference/mean"] = sums.difference / tokens
+        metrics["sampling/sampling_logp_difference/max"] = sums.largest_difference
+    if first and sums.weights:
+        metrics["sampling/importance_sampling_ratio/min"] = min(sums.weights)
+        metrics["sampling/importance_sampling_ratio/mean"] = math.fsum(sums.weights) / len(sums.weights)
+        metrics["sampling/importance_sampling_ratio/max"] = max(sums.weights)
+    return metrics

@@ -45,7 +45,7 @@ def gather_weights(model: nn.Module, whole: nn.Module) -> None:
     """Bring the whole copy of a sharded model up to date."""
     with peer_failures_explained():
         for parameter, target in zip(model.parameters(), whole.parameters(), strict=True):
-            target.copy_(full(parameter))
+            target.copy_(to_full_tensor(parameter))
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def gather_state(optimizer, processes: Processes) -> dict:
     """
 
     def whole(value):
-        value = full(value).cpu() if isinstance(value, DTensor) else value
+        value = to_full_tensor(value).cpu() if isinstance(value, DTensor) else value
         return value if processes.is_main else None
 
     state = optimizer.state_dict()
@@ -81,7 +81,7 @@ def scatter_state(state: dict, optimizer) -> dict:
     return {**state, "state": shards}
 
 
-def full(value):
+def to_full_tensor(value):
     """A sharded tensor made whole; anything else as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 

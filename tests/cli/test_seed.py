@@ -273,7 +273,7 @@ def test_mixed_precision_is_one_word(here, tiny):
 
 def test_no_value_network_is_made(here, tiny):
     run = trainer(tiny, lambda p, c: [0.0] * len(c))
-    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for group in run.components.engine.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in tiny[0].parameters()}
 
 

@@ -20,7 +20,7 @@ from transformers import MambaConfig
 from grpo_lab import GRPOConfig
 from grpo_lab.hardware import devices, system
 from grpo_lab.models import preparation
-from grpo_lab.training import memory, trainer
+from grpo_lab.training import memory, step
 from grpo_lab.training.checkpoints import load_state
 from grpo_lab.training.optimizer import make_optimizer
 
@@ -145,7 +145,7 @@ def scaled_trainer(folder, *, scale, growth_interval=1000, **settings):
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     accelerator._optimizers.clear()
-    run.optimizer = accelerator.prepare(run.optimizer.optimizer)
+    run.components.engine.optimizer = accelerator.prepare(run.components.engine.optimizer.optimizer)
     for weight in run.model.parameters():
         weight.register_hook(lambda gradient: gradient.where(gradient.abs() < FP16_MAX, torch.inf))
     return run
@@ -166,24 +166,24 @@ def test_a_scaler_that_looks_for_its_scale_skips_steps_and_stops_no_run(tmp_path
         skipped = norms.count(torch.inf)
         assert record.metrics["skipped_steps"] == skipped
         assert run.accelerator.scaler.get_scale() == 2.0 ** (26 - skipped)  # halved at every overflow
-        assert run.scheduler.last_epoch == record.step - skipped  # the schedule waits
+        assert run.components.engine.scheduler.last_epoch == record.step - skipped  # the schedule waits
         # a skipped step changes nothing, nor does one in which all groups agree
         assert torch.equal(before, weights(run)) == (norms[-1] in (0.0, torch.inf))
-        assert run.skipped_in_a_row == 0
+        assert run.components.engine.skipped_in_a_row == 0
         before = weights(run)
     assert norms[: run.config.max_skipped_steps + 1] == [torch.inf] * 6  # more in a row than a run may have otherwise
     assert any(0 < norm < torch.inf for norm in norms)
 
 
 def test_what_is_not_finite_at_any_scale_still_stops_the_run(tmp_path, monkeypatch):
-    run, real = scaled_trainer(tmp_path, scale=4.0, max_steps=20, max_skipped_steps=3), trainer.grpo_loss
-    monkeypatch.setattr(trainer, "grpo_loss", lambda logprobs, *a, **k: real(logprobs * float("nan"), *a, **k))
+    run, real = scaled_trainer(tmp_path, scale=4.0, max_steps=20, max_skipped_steps=3), step.grpo_loss
+    monkeypatch.setattr(step, "grpo_loss", lambda logprobs, *a, **k: real(logprobs * float("nan"), *a, **k))
     monkeypatch.setattr(run, "_check_first_update", lambda sums: None)
     before = weights(run)
     with pytest.raises(ArithmeticError, match="3 steps in a row"):
         list(run.steps())
     # with scales 4 and 2 it may have been the scale; with 1, 1/2 and 1/4 it was not
-    assert (run.skipped_steps, run.accelerator.scaler.get_scale()) == (5, 0.125)
+    assert (run.components.engine.skipped_steps, run.accelerator.scaler.get_scale()) == (5, 0.125)
     assert torch.equal(before, weights(run))
 
 
@@ -193,12 +193,12 @@ def test_a_run_goes_on_with_the_scale_it_had_found(tmp_path):
     for _ in whole.steps():
         scales.append(whole.accelerator.scaler.get_scale())
     assert len(set(scales)) > 2  # it went down and up
-    for step in (1, 4):
+    for done in (1, 4):
         again = scaled_trainer(tmp_path / "again", **settings)
         found = []
-        for _ in again.steps(resume=tmp_path / "whole" / f"checkpoint-{step}"):
+        for _ in again.steps(resume=tmp_path / "whole" / f"checkpoint-{done}"):
             found.append(again.accelerator.scaler.get_scale())
-        assert found == scales[step:]
+        assert found == scales[done:]
         assert torch.equal(weights(whole), weights(again))
 
 
@@ -256,7 +256,7 @@ def test_eight_bits_hold_the_means_and_the_first_step_is_that_of_adamw(tmp_path)
     assert (exact - start).abs().max() > 0.9 * rate
     sizes = set()
     for p in runs[1].model.parameters():
-        state = runs[1].optimizer.state[p]
+        state = runs[1].components.engine.optimizer.state[p]
         assert state["state1"].dtype == state["state2"].dtype == (torch.uint8 if p.numel() >= 4096 else torch.float32)
         sizes.add(p.numel() >= 4096)
     assert sizes == {True, False}

@@ -176,9 +176,9 @@ def test_a_weight_that_one_process_alone_has_used_gets_its_gradient_in_all(diffe
 
 def test_a_process_with_fewer_micro_batches_repeats_its_first_which_counts_nothing(monkeypatch):
     monkeypatch.setattr(Processes, "gather", lambda self, mine: [*mine, 3])  # another has three
-    parts = [SimpleNamespace(idle=True), SimpleNamespace(idle=False)]
+    parts = [SimpleNamespace(no_gradient=True), SimpleNamespace(no_gradient=False)]
     assert shards.pad_micro_batches(parts, Processes(2, 0)) == [(parts[0], 2.0), (parts[1], 2.0), (parts[0], 0.0)]
-    assert not any(part.idle for part in parts)
+    assert not any(part.no_gradient for part in parts)
 
 
 def test_being_out_of_memory_is_not_said_of_another_process():
@@ -211,7 +211,7 @@ def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     assert done.returncode != 0
     assert "process 1: the reward function 'f' on " in done.stderr
     assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
-    assert "grpo_lab/trainer.py" not in done.stderr  # no traceback but the launcher's
+    assert "grpo_lab/training/trainer.py" not in done.stderr  # no traceback but the launcher's
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -15,7 +15,8 @@ from grpo_lab import GRPOConfig
 from grpo_lab.rollout.scoring import completion_logprobs
 from grpo_lab.rollout.vllm import VLLMSampler
 from grpo_lab.tasks.pocket.make import make_tokenizer
-from grpo_lab.training import trainer
+from grpo_lab.training import step
+from grpo_lab.training.samplers import ModelSampler
 from grpo_lab.training.trainer import GRPOTrainer
 
 SETTINGS = {"sampler": "vllm", "top_k": 0, "top_p": 1.0, "temperature": 0.8}
@@ -66,10 +67,14 @@ def test_rollouts_have_the_shape_and_the_log_probabilities_of_our_own(tmp_path, 
     lengths = mask.sum(1)
     assert 1 < lengths.min() < lengths.max() == 6  # of several lengths, some cut off
     assert torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None])
-    assert torch.equal(ids[~mask], torch.full_like(ids[~mask], run.pad_id))
-    ends = ids[torch.arange(8), lengths - 1] == run.end_ids[0]
+    assert torch.equal(ids[~mask], torch.full_like(ids[~mask], run.components.pad_id))
+    ends = ids[torch.arange(8), lengths - 1] == run.components.end_ids[0]
     assert torch.equal(rollouts.ended, ends)
-    assert not (ids[:, :-1] == run.end_ids[0]).where(torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1, False).any()
+    assert (
+        not (ids[:, :-1] == run.components.end_ids[0])
+        .where(torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1, False)
+        .any()
+    )
     assert rollouts.attention_mask[4:, 0].sum() == 0  # the shorter prompt is padded on the left
     assert rollouts.kept is None
     ours = completion_logprobs(run.model, rollouts.input_ids, rollouts.attention_mask, ids.shape[1], temperature=0.8)
@@ -92,7 +97,7 @@ def test_greedy_is_what_our_own_sampler_calls_greedy(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
     uniforms = run._uniforms(6, "evaluate", 0)
     theirs = run.sample(PROMPTS[:3], uniforms, 2, top_k=1)
-    run.vllm = None
+    run.components.sampler = ModelSampler(run.components.models)
     ours = run.sample(PROMPTS[:3], uniforms, 2, top_k=1)
     for name in ("input_ids", "attention_mask", "completion_mask", "logprobs", "kept", "ended"):
         assert torch.equal(getattr(theirs, name), getattr(ours, name)), name
@@ -131,8 +136,8 @@ def test_its_weights_follow_the_policy_after_each_update(tmp_path, stand, settin
 
 
 def test_one_rollout_serves_several_updates_with_the_same_weights_of_completions(tmp_path, monkeypatch, stand):
-    used, loss = [], trainer.grpo_loss
-    monkeypatch.setattr(trainer, "grpo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
+    used, loss = [], step.grpo_loss
+    monkeypatch.setattr(step, "grpo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
     here = stand(noise=0.1)
     run = make_trainer(tmp_path / "run", num_iterations=2, max_steps=4, **here.settings)
     records = list(run.steps())
@@ -183,7 +188,7 @@ def test_evaluation_samples_through_it_with_the_weights_of_the_moment(tmp_path, 
         for p in run.model.parameters():
             p.mul_(1.1)
     theirs = run.evaluate(run.train_dataset)
-    run.vllm = None
+    run.components.sampler = ModelSampler(run.components.models)
     assert theirs["eval/pass@1_greedy"] == run.evaluate(run.train_dataset)["eval/pass@1_greedy"]
     assert math.isfinite(theirs["eval/reward"])
 
@@ -305,7 +310,7 @@ def test_an_end_at_the_longest_length_is_an_end_whichever_reason_is_given_first(
 
     def answer(path, content):
         for choice in content["choices"] if path == "/v1/completions" else ():
-            choice.update(token_ids=run.end_ids, finish_reason="length")
+            choice.update(token_ids=run.components.end_ids, finish_reason="length")
         return content
 
     server.answer = answer

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from trainers import PROMPTS, make_trainer
 
 from grpo_lab.rollout.sampling import Rollouts
-from grpo_lab.training import trainer
+from grpo_lab.training import step
 from grpo_lab.training.batches import make_micro_batches
 
 K = 2
@@ -100,14 +100,14 @@ def test_a_group_without_advantages_costs_no_backward_and_changes_no_number(tmp_
     def run(path):
         found = make_trainer(path, reward=reward, kl_coef=0.0, learning_rate=1e-4, num_iterations=2, max_steps=6)
         passes = []
-        found._backward = lambda loss: passes.append(loss) or loss.backward()
+        found.components.engine._backward = lambda loss: passes.append(loss) or loss.backward()
         metrics = [{**record.metrics, "step_time": 0.0} for record in found.steps()]
         return metrics, torch.cat([p.detach().flatten() for p in found.model.parameters()]), len(passes), found
 
     ours, our_weights, our_passes, found = run(tmp_path / "ours")
-    whole = trainer.make_micro_batches
+    whole = step.make_micro_batches
     monkeypatch.setattr(
-        trainer,
+        step,
         "make_micro_batches",
         lambda r, k, budget, no_gradient: whole(r, k, budget, torch.zeros_like(no_gradient)),
     )
@@ -117,13 +117,15 @@ def test_a_group_without_advantages_costs_no_backward_and_changes_no_number(tmp_
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     assert our_passes == their_passes == 6  # one micro-batch of living groups each, as if there were no others
-    assert all(len(found.optimizer.state[p]) > 0 for p in found.model.parameters())  # Adam has seen gradients
+    assert all(
+        len(found.components.engine.optimizer.state[p]) > 0 for p in found.model.parameters()
+    )  # Adam has seen gradients
 
 
 def test_a_micro_batch_may_be_as_large_as_batch_size_prompts_with_the_longest_completions(tmp_path, monkeypatch):
-    budgets, whole = [], trainer.make_micro_batches
+    budgets, whole = [], step.make_micro_batches
     monkeypatch.setattr(
-        trainer,
+        step,
         "make_micro_batches",
         lambda r, k, budget, no_gradient: budgets.append(budget) or whole(r, k, budget, no_gradient),
     )

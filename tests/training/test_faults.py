@@ -17,7 +17,7 @@ from trainers import likes_threes, make_trainer, weights
 from grpo_lab.rewards import reward_models
 from grpo_lab.rewards.reward_models import Rewards
 from grpo_lab.tasks.pocket.make import make_tokenizer
-from grpo_lab.training import output_dir, trainer
+from grpo_lab.training import output_dir, step
 
 ROOT = Path(__file__).parents[2]
 
@@ -197,12 +197,12 @@ def test_a_disk_that_is_really_full_gets_one_sentence(tmp_path, size):
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_skipped_logged_and_in_the_end_stop_the_run(tmp_path, monkeypatch, damage):
-    run, real = make_trainer(tmp_path, max_steps=9, max_skipped_steps=3, save_steps=2), trainer.grpo_loss
+    run, real = make_trainer(tmp_path, max_steps=9, max_skipped_steps=3, save_steps=2), step.grpo_loss
 
     def spoiled(logprobs, *arguments, **settings):
         return real(logprobs * (1.0 if run.step < 4 else damage), *arguments, **settings)
 
-    monkeypatch.setattr(trainer, "grpo_loss", spoiled)
+    monkeypatch.setattr(step, "grpo_loss", spoiled)
     with pytest.raises(ArithmeticError, match=r"3 steps in a row .* weights are as they were .* Lower --learning-rate"):
         run.train()
     assert [row["skipped_steps"] for row in run.metrics_file.read()] == [0, 0, 0, 0, 1, 2]

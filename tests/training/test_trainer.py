@@ -12,9 +12,10 @@ from trainers import PROMPTS, likes_threes, make_trainer, weights
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.algorithm.advantages import group_advantages
+from grpo_lab.rollout.scoring import completion_logprobs, completion_scores
 from grpo_lab.tasks.pocket.make import make_tokenizer
 from grpo_lab.tasks.registry import TASKS
-from grpo_lab.training import trainer
+from grpo_lab.training import progress, step
 from grpo_lab.training.config import PRESETS
 from grpo_lab.training.evaluation import wilson_interval
 
@@ -96,7 +97,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain, saving = make_trainer(tmp_path), make_trainer(tmp_path, gradient_checkpointing=True)
     gradients = []
     for run in (plain, saving):
-        run.optimizer.optimizer.register_step_pre_hook(
+        run.components.engine.optimizer.optimizer.register_step_pre_hook(
             lambda *_, run=run: gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
         )
         run.update(run.collect([0, 1, 2, 3]))
@@ -132,11 +133,11 @@ def test_right_after_sampling_the_ratio_is_one_and_the_kl_zero(tmp_path, truncat
     assert first.metrics["sampling/sampling_logp_difference/max"] < 1e-5
 
 
-def test_a_scorer_that_forgets_the_temperature_is_noticed(tmp_path, monkeypatch):
-    real = trainer.completion_scores
-    monkeypatch.setattr(trainer, "completion_scores", lambda *a, **k: real(*a, **k | {"temperature": 1.0}))
+def test_a_scorer_that_forgets_the_temperature_is_noticed(tmp_path):
+    run = make_trainer(tmp_path, temperature=0.5)
+    run.components.models.score = lambda *a, **k: completion_scores(*a, **k | {"temperature": 1.0})
     with pytest.warns(UserWarning, match="ratio should be 1"):
-        next(make_trainer(tmp_path, temperature=0.5).steps())
+        next(run.steps())
 
 
 def test_dropout_is_off_while_ratios_are_compared(tmp_path):
@@ -171,7 +172,7 @@ def test_the_whole_gradient_of_the_first_update_is_reinforce(tmp_path):
     total = 0.0
     for part in batch.parts:
         rollouts = part.rollouts
-        logprobs = trainer.completion_logprobs(
+        logprobs = completion_logprobs(
             run.model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens,
             temperature=run.config.temperature, kept=rollouts.kept,
         )  # fmt: skip
@@ -187,7 +188,7 @@ def test_where_dropout_is_at_work_no_two_rows_share_it(tmp_path, disable_dropout
     run = make_trainer(tmp_path, model=tiny_architecture("gpt2"), disable_dropout=disable_dropout)
     rollouts = run.collect([0]).parts[0].rollouts.select(torch.tensor([0, 0]))
     run.model.train()
-    one, other = run._score_under(run.model, rollouts, trainer.completion_logprobs)
+    one, other = run.components.models._score_under(run.model, rollouts, completion_logprobs)
     assert torch.equal(one, other) == disable_dropout
 
 
@@ -250,7 +251,7 @@ def test_kl_in_the_reward_is_the_log_ratio_of_the_whole_completion(tmp_path):
     )
     batch = run.collect([0, 1])
     part = batch.parts[0]
-    policy = run._logprobs_under(run.model, part.rollouts)
+    policy = run.components.models.logprobs(part.rollouts)
     log_ratio = ((policy - part.ref_logprobs) * part.rollouts.completion_mask).sum(1)
     rewards = torch.tensor([row["reward"] for row in batch.completions]) - 0.5 * log_ratio
     assert part.advantages.tolist() == pytest.approx(
@@ -404,20 +405,20 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_in_the_end_fata
     records = run.steps()
     next(records)
     before = weights(run)
-    real = trainer.grpo_loss
+    real = step.grpo_loss
 
     def broken(logprobs, *a, **k):
         return real(logprobs * float("nan"), *a, **k)
 
-    monkeypatch.setattr(trainer, "grpo_loss", broken)
+    monkeypatch.setattr(step, "grpo_loss", broken)
     skipping = next(records).metrics
     assert skipping["skipped_steps"] == 1
-    assert "skipped 1" in trainer._few_words(skipping)
+    assert "skipped 1" in progress.step_text(skipping)
     assert torch.equal(before, weights(run))
-    assert run.scheduler.last_epoch == 1  # the schedule waits too
-    monkeypatch.setattr(trainer, "grpo_loss", real)
+    assert run.components.engine.scheduler.last_epoch == 1  # the schedule waits too
+    monkeypatch.setattr(step, "grpo_loss", real)
     assert next(records).metrics["skipped_steps"] == 1
-    monkeypatch.setattr(trainer, "grpo_loss", broken)
+    monkeypatch.setattr(step, "grpo_loss", broken)
     with pytest.raises(ArithmeticError, match="3 steps in a row"):
         list(records)
     assert torch.isfinite(weights(run)).all()
@@ -493,13 +494,14 @@ def test_a_fault_while_collecting_loses_no_prompt(tmp_path):
     ],
     ids=str,
 )
-def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, monkeypatch, error):
+def test_out_of_memory_is_answered_with_what_to_lower(tmp_path, error):
     def explode(*_, **__):
         raise error
 
-    monkeypatch.setattr(trainer, "completion_scores", explode)
+    run = make_trainer(tmp_path)
+    run.components.models.score = explode
     with pytest.raises(MemoryError) as caught:
-        make_trainer(tmp_path).train()
+        run.train()
     for knob in ("--batch-size (now 4", "--num-generations (K, now 4)", "--max-new-tokens (now 6)", "--precision"):
         assert knob in str(caught.value)
 

@@ -76,7 +76,7 @@ def reuse(clip_range: float, clip_range_high: float, *, updates: int = 16, look_
 
 def _ratios(trainer: GRPOTrainer, part: MicroBatch) -> Tensor:
     old = part.rollouts.logprobs if part.old_logprobs is None else part.old_logprobs
-    now = trainer._logprobs_under(trainer.model, part.rollouts)
+    now = trainer.components.models.logprobs(part.rollouts)
     return (now - old).where(part.rollouts.completion_mask, 0.0).exp()
 
 

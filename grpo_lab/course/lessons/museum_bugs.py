@@ -66,16 +66,16 @@ BUGS: dict[str, Bug] = {
     ),
     "kl-old": Bug(
         "the KL is measured against the policy that sampled, not against the reference",
-        "training.trainer.GRPOTrainer.reference_logprobs",
-        "return self._logprobs_under(self.ref_model, rollouts)",
-        "return self._logprobs_under(self.model, rollouts)",
+        "training.policy.PolicyModels.reference_logprobs",
+        "return self._logprobs_under(self.reference, rollouts)",
+        "return self._logprobs_under(self.trained, rollouts)",
         "KL would start from 0 again with every rollout, not only with the first: the policy that sampled is "
         "never far away.",
         "At the first update of the second rollout KL must not be 0: the policy has moved from the reference by then.",
     ),
     "truncation": Bug(
         "tokens are sampled with top-p, but scored without",
-        "training.trainer.GRPOTrainer._score_under",
+        "training.policy.PolicyModels._score_under",
         "kept=rollouts.kept",
         "kept=None",
         "Before anything is learned, sampler and scorer would disagree, by up to -log 0.95 = 0.051 nats with "
@@ -104,7 +104,7 @@ BUGS: dict[str, Bug] = {
     ),
     "groups": Bug(
         "the groups are mixed up",
-        "training.trainer.GRPOTrainer._advantages",
+        "training.step.advantages_of",
         "rewards.view(-1, K), baseline",
         "rewards.view(K, -1).T, baseline",
         "The reward would not rise, and among the samples right answers would have negative advantages, wrong "
@@ -114,7 +114,7 @@ BUGS: dict[str, Bug] = {
     ),
     "ratio": Bug(
         "the old log-probabilities are taken anew at every update",
-        "training.trainer.GRPOTrainer.update",
+        "training.step.update",
         "part.old_logprobs,  # None",
         "None,  # None",
         "The share clipped would be exactly 0 at every update, even at the fourth on the same rollout; "
@@ -133,7 +133,7 @@ BUGS: dict[str, Bug] = {
     ),
     "dropout": Bug(
         "dropout is on while the policy is scored",
-        "training.trainer.GRPOTrainer._prepare_models",
+        "training.policy.prepare_models",
         "if config.disable_dropout:",
         "if not config.disable_dropout:",
         "Sampler and scorer would disagree at step 1, and so would two forward passes of one model: KL would "

@@ -11,7 +11,7 @@ from grpo_lab.algorithm import kl, losses
 from grpo_lab.course.lessons import museum, museum_figures
 from grpo_lab.course.lessons.museum_bugs import BUGS, EXHIBITS, broken, patched
 from grpo_lab.course.recorded import RecordedRun
-from grpo_lab.training import trainer
+from grpo_lab.training import step
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,12 +30,12 @@ def test_each_bug_has_one_exhibit():
 @pytest.mark.parametrize("name", BUGS)
 def test_a_patch_reaches_who_imported_the_function_and_is_taken_back(name):
     def seen():
-        return trainer.grpo_loss, losses.kl_estimate, kl.kl_estimate, trainer.GRPOTrainer.update
+        return step.grpo_loss, losses.kl_estimate, kl.kl_estimate, step.update
 
     before = seen()
     with patched(BUGS[name]):
         during = seen()
-    reached = BUGS[name].function in ("algorithm.kl.kl_estimate", "training.trainer.GRPOTrainer.update")
+    reached = BUGS[name].function in ("algorithm.kl.kl_estimate", "training.step.update")
     assert (during != before) == reached
     assert during[1] is during[2]
     assert seen() == before
