@@ -123,7 +123,7 @@ def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_two_others_go_o
 def test_a_run_of_one_process_goes_on_in_two(of_two, tmp_path, name):
     run(str(tmp_path / "one"), {**RUNS[name], "fsdp": False})
     parts = load_state(tmp_path / "one" / "checkpoint-3")["batch"][0]["parts"]
-    assert any(part["idle"] for part in parts) == (name == "shards, no KL")  # of which shards make none
+    assert any(part["no_gradient"] for part in parts) == (name == "shards, no KL")  # of which shards make none
     runs = json.dumps([[str(tmp_path / "two"), RUNS[name]]])
     checkpoint = str(tmp_path / "one" / "checkpoint-3")
     went_on = launch(TORCHRUN, str(TESTS / "two_processes.py"), runs, checkpoint, folder=tmp_path)
@@ -202,7 +202,7 @@ def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom grpo_lab import reward_models\nreward_models.PATIENCE = 0.5\n"
+        "import os, time\nfrom grpo_lab.rewards import reward_models\nreward_models.PATIENCE = 0.5\n"
         "def f(prompts, completions):\n    time.sleep(2 * int(os.environ['RANK']))\n"
         "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
     )
