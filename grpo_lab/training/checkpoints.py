@@ -23,6 +23,10 @@ FINAL = "final_model"
 RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it; once, at import, before there are other threads
+
+
 class DamagedCheckpointError(ValueError):
     """A checkpoint that is there and cannot be used."""
 
@@ -53,6 +57,7 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
         sums = {file.name: _checksum(file) for file in unfinished.iterdir()}
         torch.save(state | {"checksums": sums}, unfinished / STATE_FILE)
         for path in [*unfinished.iterdir(), unfinished]:
+            _follow_umask(path)
             _sync(path)
     except Exception as error:  # each library has its own words for a full disk, and few of them say so
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -70,6 +75,12 @@ def _hide(folder: Path) -> Path:
     if folder.is_dir():
         os.replace(folder, hidden)
     return hidden
+
+
+def _follow_umask(path: Path) -> None:
+    """Give a file the permissions of any new file: safetensors makes files that only their owner can read."""
+    if path.is_file() and os.name != "nt":
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _sync(path: Path) -> None:

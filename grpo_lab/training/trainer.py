@@ -127,8 +127,10 @@ class GRPOTrainer:
                 self.batch = None
             self._after_step(record)
             yield record
-        final = merged(self.policy) if self.processes.is_main and is_adapted(self.policy) else self.policy
-        self._write(self.output_dir / checkpoints.FINAL, final)
+        if self.processes.is_main:
+            final = merged(self.policy) if is_adapted(self.policy) else self.policy
+            checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._final_state())
+        self.processes.barrier()
         for tracker in self.accelerator.trackers:  # end_training() would end the process group, and more may follow
             tracker.finish()
 
@@ -330,12 +332,9 @@ class GRPOTrainer:
         Where an adapter is trained it holds that alone, and `AutoPeftModelForCausalLM` loads it. Of several processes
         all must call it; one writes.
         """
-        self._write(Path(path), self.policy)
-
-    def _write(self, folder: Path, model: nn.Module) -> None:
         state = self._state()
         if self.processes.is_main:
-            checkpoints.save(folder, model, self.tokenizer, state)
+            checkpoints.save(Path(path), self.policy, self.tokenizer, state)
         self.processes.barrier()
 
     def _load_first(self, candidates: list[Path]) -> None:
@@ -359,6 +358,11 @@ class GRPOTrainer:
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         run_state.check_same_run(state["run"], self._identity())
+        if state.get("final"):
+            raise ValueError(
+                f"{path} is the end of a run and holds no optimizer state. Resume from a checkpoint, or start a new "
+                f"run from its weights: --model-name {path}."
+            )
         counts = [state[name] for name in ("step", "num_tokens", "skipped_steps", "skipped_in_a_row")]
         if any(type(n) is not int or n < 0 for n in counts) or any(type(row) is not dict for row in state["unlogged"]):
             raise TypeError("counters must be non-negative integers and unlogged metrics a list of dicts")
@@ -385,6 +389,10 @@ class GRPOTrainer:
             "random": [run_state.random_state()] if alone else gather([run_state.random_state()]),
             "run": self._identity(),
         }
+
+    def _final_state(self) -> dict[str, Any]:
+        """Return the state beside the final model: what was run, without the optimizer's state, twice the weights."""
+        return {"step": self.step, "num_tokens": self.num_tokens, "final": True, "run": self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on as the same run."""

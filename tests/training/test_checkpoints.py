@@ -1,5 +1,6 @@
 """Checkpoints: there completely or not at all, and a run goes on from one as if nothing had happened."""
 
+import os
 import pickle
 import random
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_lab.training import checkpoints, output_dir, run_state
@@ -278,3 +280,19 @@ def test_a_missing_tensor_is_not_filled_with_random_numbers(tmp_path, model, tok
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"checkpoint-1 cannot be used .*no weights for model\.norm\.weight"):
         checkpoints.load_weights(model, tmp_path / "checkpoint-1")
+
+
+def test_the_final_model_holds_no_optimizer_state_and_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make_trainer(tmp_path, save_steps=3).train()
+    finally:
+        os.umask(before)
+    final, checkpoint = tmp_path / "final_model", tmp_path / "checkpoint-3"
+    weights = (final / "model.safetensors").stat()
+    assert (final / "training_state.pt").stat().st_size < 0.2 * weights.st_size
+    assert (checkpoint / "training_state.pt").stat().st_size > 1.5 * weights.st_size
+    expected = 0o666 & ~before  # as of when the program started
+    assert {path.stat().st_mode & 0o777 for path in [*final.iterdir(), *checkpoint.iterdir()]} == {expected}
+    with pytest.raises(ValueError, match=r"end of a run .* Resume from a checkpoint, or .*--model-name"):
+        make_trainer(tmp_path).train(resume=final)
