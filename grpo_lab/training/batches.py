@@ -26,22 +26,22 @@ class StepRecord:
 
 @dataclass
 class MicroBatch:
-    """Some groups of a batch, as tensors."""
+    """Some groups of a batch, as tensors: the rows of one forward and backward pass."""
 
     rollouts: Rollouts
     rows: Tensor
-    """[B] long, which completions of the batch these are."""
+    """[B] long, the indices of these completions in the batch."""
     no_gradient: bool = False
-    """True if no gradient comes from here: all advantages are 0, and there is no KL penalty."""
+    """True if the gradient is zero: all advantages are 0, and there is no KL penalty."""
     ref_logprobs: Tensor | None = None
-    """[B, T] in nats under the reference; None where no KL is wanted."""
+    """[B, T] log-probabilities in nats under the reference; None if there is no KL term."""
     old_logprobs: Tensor | None = None
-    """[B, T] in nats as of the first update on this batch; None until then."""
+    """[B, T] log-probabilities in nats at the first update on this batch; None before it."""
     advantages: Tensor | None = None
     """[B], or [B, T] where gamma < 1."""
 
     def select(self, start: int, size: int) -> "MicroBatch":
-        """Some of the rows, next to each other."""
+        """Return `size` neighbouring rows."""
         some = slice(start, start + size)
         tensors = {f.name: v[some] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         rollouts = {
@@ -50,20 +50,20 @@ class MicroBatch:
         return replace(self, rollouts=Rollouts(**rollouts), **tensors)
 
     def token_rows(self) -> Iterator[tuple[int, dict[str, list]]]:
-        """Each completion's row, its tokens and their log-probabilities in nats, to four decimals, to be logged."""
+        """Yield each completion's index, its tokens and their log-probabilities in nats (4 decimals), for the log."""
         columns = {"completion_ids": self.rollouts.completion_ids, "logprobs": self.rollouts.logprobs}
         if self.ref_logprobs is not None:
             columns["ref_logprobs"] = self.ref_logprobs
         lengths = self.rollouts.completion_mask.sum(1).tolist()
-        lists = {name: values.tolist() for name, values in columns.items()}  # whole: a slice of a tensor takes longer
+        lists = {name: values.tolist() for name, values in columns.items()}
         for i, (row, n) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
             yield row, {name: [round(x, 4) for x in values[i][:n]] for name, values in lists.items()}
 
 
 def make_micro_batches(rollouts: Rollouts, num_generations: int, budget: int, no_gradient: Tensor) -> list[MicroBatch]:
-    """Micro-batches of whole groups, each with as many as fit into a budget of tokens, padding included.
+    """Cut a batch into micro-batches of whole groups, as many as fit into a budget of tokens, padding included.
 
-    Groups of like length stand together, so little is padding; those that are no_gradient stand apart.
+    Groups of similar length go together, so that there is little padding; groups without gradient go apart.
 
     Args:
         budget: tokens at a time; a group that is larger alone is a micro-batch of its own.
@@ -84,7 +84,7 @@ def make_micro_batches(rollouts: Rollouts, num_generations: int, budget: int, no
             parts.append((bool(no_gradient[group]), []))
             width = prompts[group]
         parts[-1][1].append(group)
-    if all(without for without, _ in parts):  # the optimizer wants a gradient, if of zeros: its averages go on
+    if all(without for without, _ in parts):  # Adam must take its step, on zeros: its running means decay
         parts[0] = (False, parts[0][1])
     rows = [(without, groups[some].flatten()) for without, some in parts]
     return [MicroBatch(rollouts.select(r.to(rollouts.ended.device)), r, without) for without, r in rows]
@@ -92,7 +92,7 @@ def make_micro_batches(rollouts: Rollouts, num_generations: int, budget: int, no
 
 @dataclass
 class Batch:
-    """All that one rollout gave; used for num_iterations optimizer steps."""
+    """All completions of one rollout; used for num_iterations optimizer steps."""
 
     parts: list[MicroBatch]
     completions: list[dict[str, Any]]
@@ -106,7 +106,7 @@ class Batch:
         return sum(int(part.rollouts.attention_mask.sum()) for part in self.parts)
 
     def saved(self) -> dict[str, Any]:
-        """As plain values, and tensors in main memory: another process's GPU is not for these."""
+        """Return plain values and CPU tensors, which a process with any device can load."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -121,12 +121,15 @@ class Batch:
     def restored(
         cls, saved: list[dict[str, Any]], processes: Processes, num_generations: int, device
     ) -> "Batch | None":
-        """What this process has of a batch, given what each process has `saved` of it; None of nothing.
+        """Return this process's part of a saved batch, or None if none was saved.
 
-        With another number of processes the groups are shared out anew.
+        With another number of processes the groups are divided anew.
+
+        Args:
+            saved: what `saved` returned on each rank.
         """
         if not isinstance(saved, list):
-            raise TypeError("the batch is none")
+            raise TypeError(f"batch must be a list, got {type(saved).__name__}")
         if not saved:
             return None
 

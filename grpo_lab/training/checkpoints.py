@@ -1,4 +1,4 @@
-"""Saving and resuming: a checkpoint is there completely or not at all.
+"""Write and read checkpoints; a checkpoint appears completely or not at all.
 
 A checkpoint folder is a transformers folder (config, safetensors weights, tokenizer) with one more file,
 `training_state.pt`: whatever else decides how the run goes on. It holds tensors and plain values only, and
@@ -28,7 +28,7 @@ os.umask(_UMASK)  # it can only be read by setting it; once, at import, before t
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that is there and cannot be used."""
+    """A checkpoint exists and cannot be used."""
 
 
 def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        # an adapter without asking the Hub about the vocabulary; all other weights in one file, whatever their size
+        # an adapter: without a request to the Hub about its vocabulary; a model: in one file, whatever its size
         how = {"save_embedding_layers": False, "selected_adapters": ["default"]}
         how = how if is_adapted(model) else {"max_shard_size": "1000GB"}
         with without_progress_bars():
@@ -59,7 +59,7 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
         for path in [*unfinished.iterdir(), unfinished]:
             _follow_umask(path)
             _sync(path)
-    except Exception as error:  # each library has its own words for a full disk, and few of them say so
+    except Exception as error:  # libraries report a full disk in different ways
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"cannot write {folder} ({type(error).__name__}: {error}). Is the disk full?") from error
     old = _hide(folder)
@@ -102,7 +102,7 @@ def _checksum(file: Path) -> int:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The training state of a checkpoint whose files are as they were written.
+    """Load the training state of a checkpoint after checking that no file has changed.
 
     Raises: ValueError if this is no checkpoint, DamagedCheckpointError if a file has changed since.
     """
@@ -119,23 +119,23 @@ def load_state(folder: Path) -> dict[str, Any]:
             if _checksum(folder / name) != checksum:
                 raise ValueError(f"{name} has changed since it was saved")
         return state
-    except Exception as error:  # a damaged file shows itself in many ways
+    except Exception as error:  # damaged files raise many exceptions
         raise DamagedCheckpointError(_damaged(folder, error)) from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
+    """Load a checkpoint's weights into the model. Raises DamagedCheckpointError if they do not fit."""
     try:
         if is_adapted(model):
             return load_adapter(model, folder)
-        # float32 holds what was saved in half precision too; each weight is cast to its own
+        # read as float32, which holds half precision exactly; load_state_dict casts to the model's types
         widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
         wide = widest if widest == torch.float64 else torch.float32
         with without_progress_bars():
             saved, report = type(model).from_pretrained(
                 folder, config=model.config, dtype=wide, local_files_only=True, output_loading_info=True
             )
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
+        if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
             raise ValueError(f"no weights for {', '.join(missing[:3])}")
         model.load_state_dict(saved.state_dict())
     except Exception as error:

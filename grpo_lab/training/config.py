@@ -14,6 +14,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
+from grpo_lab.training.presets import PRESETS
+
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
@@ -35,25 +37,25 @@ class GRPOConfig:
     top_p: float = 0.9
     """Sample among the likeliest tokens that make up this probability; 1.0 turns it off. Scoring uses the same set."""
     sampler: Literal["model", "vllm"] = "model"
-    """Who samples: the model itself, or vLLM, which is faster on a GPU and needs top_k 0 and top_p 1.0. Only the model
-    itself repeats a run bit for bit."""
+    """What generates the completions: "model" (in this process) or "vllm" (faster on a GPU; needs top_k 0 and
+    top_p 1.0). Only "model" repeats a run bit for bit."""
     vllm_server: str | None = None
     """Address of a running `vllm serve` that sees output_dir too, such as http://localhost:8000; see
     grpo_lab.rollout.vllm on how to start it. Without one vLLM runs in this process."""
     vllm_gpu_memory: float = 0.3
     """Share of the GPU's memory that vLLM takes when it runs in this process."""
     sampler_correction: Literal["sequence", "token"] = "sequence"
-    """What vLLM samples, in its own rounding, is weighed by our probability over its: of the whole completion, which is
-    unbiased, or of each token, which varies less where completions are long."""
+    """Truncated importance weights correct for vLLM's rounding: one per completion (unbiased), or one per token (less
+    variance for long completions)."""
     sampler_ratio_cap: float = 2.0
-    """The largest such weight (C); usually 2 to 5."""
+    """Cap of these weights (C); usually 2 to 5."""
 
     # Training
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW; 5e-7 to 5e-6 for models of a billion parameters, more for small ones."""
     batch_size: int = 4
-    """Prompts per micro-batch where completions are as long as they may be, more where they are short. The knob for
-    memory."""
+    """Prompts per micro-batch if completions have the maximum length; more are taken if they are short. Lower it to
+    save memory."""
     num_epochs: int = 3
     """Times that every prompt is used."""
     gradient_accumulation_steps: int = 4
@@ -75,7 +77,7 @@ class GRPOConfig:
     num_iterations: int = 1
     """Optimizer steps per rollout (μ). With 1 the ratio is 1 at every update and clipping cannot act."""
     seed: int = 0
-    """Of the prompt order and the sampling. The same seed gives the same run on the same machine."""
+    """Random seed of prompt order and sampling. The same seed gives the same run on the same machine."""
     disable_dropout: bool = True
     """Set dropout to 0, so that a ratio compares the policies and not two dropout masks."""
 
@@ -83,13 +85,13 @@ class GRPOConfig:
     kl_coef: float = 0.1
     """Weight of the KL divergence from the reference model (β); 0 needs no reference model. Usually 0 to 0.1."""
     clip_range: float = 0.2
-    """How far the importance ratio may leave 1 before its gradient is cut (ε)."""
+    """The gradient of a token is cut once its importance ratio leaves [1 - ε, 1 + ε]."""
     clip_range_high: float | None = None
-    """The same upwards, where it differs ("clip higher", DAPO: 0.28)."""
+    """Upper ε, if it differs ("clip higher", DAPO: 0.28)."""
     gamma: float = 1.0
-    """Discount: of the outcome, token t of n gets gamma^(n-1-t). 1.0 is GRPO."""
+    """Discount: the advantage of token t of n is multiplied by gamma^(n-1-t). 1.0 is GRPO."""
     baseline: Literal["mean", "leave-one-out", "none"] = "mean"
-    """What a reward is compared with: the group's mean, the mean of the others (RLOO), or nothing (REINFORCE)."""
+    """Baseline of the advantage: the group's mean, the mean of the other completions (RLOO), or none (REINFORCE)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """The standard deviation that divides the advantage: of the group, of the batch, or none (Dr. GRPO)."""
     std_eps: float = 1e-4
@@ -109,8 +111,8 @@ class GRPOConfig:
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function; all 1 if not set."""
     reward_timeout: float | None = None
-    """Stop if a reward function takes longer than this for one call, in seconds; without it, one that is slow is only
-    named. The function then runs in a thread, which those that use signals (math_verify) or sqlite do not like."""
+    """Stop if one call of a reward function takes longer than this, in seconds; without it a slow one is only reported.
+    The function then runs in a thread, which fails for functions that use signals (math_verify) or sqlite."""
 
     # LoRA
     lora_rank: int | None = None
@@ -127,8 +129,8 @@ class GRPOConfig:
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
     fsdp: bool = False
-    """Of several processes, each keeps a shard of the trained weights, their gradients and the optimizer's state, and a
-    whole copy of the weights to sample with. Without it each keeps everything."""
+    """Shard trained weights, gradients and optimizer state between processes (FSDP); each keeps a full copy of the
+    weights to sample with. Without it each process keeps everything."""
 
     # Logging and saving
     logging_steps: int = 10
@@ -353,54 +355,3 @@ def _is_path(text: str) -> bool:
         return text.strip() != "" and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
-
-
-# Each variant is a handful of arguments. They say what a paper changes, not which model or batch it used.
-PRESETS: dict[str, dict[str, Any]] = {
-    # DeepSeekMath (arXiv 2402.03300)
-    "grpo": {},
-    # Dr. GRPO (2503.20783): no std (difficulty bias), no division by length (length bias), no KL
-    "dr_grpo": {"scale_rewards": "none", "aggregation": "constant", "kl_coef": 0.0},
-    # DAPO (2503.14476): every token counts the same, clip higher, no KL; without its dynamic sampling
-    "dapo": {"aggregation": "token-mean", "clip_range_high": 0.28, "kl_coef": 0.0},
-    # as TRL's loss "bnpo": GRPO with every token counting the same
-    "bnpo": {"aggregation": "token-mean"},
-    # GSPO (2507.18071): one ratio per completion, hence a range a thousand times narrower
-    "gspo": {"importance": "sequence", "clip_range": 3e-4, "clip_range_high": 4e-4, "kl_coef": 0.0},
-    # CISPO (MiniMax-M1, 2506.13585): a capped weight instead of a cut gradient; the cap is 1 + clip_range_high = 5
-    "cispo": {"surrogate": "cispo", "clip_range_high": 4.0, "aggregation": "token-mean", "kl_coef": 0.0},
-    # RLOO (2402.14740): leave-one-out baseline, KL in the reward, whole-completion log-probabilities. With
-    # num_iterations > 1 the ratio is the geometric mean over tokens, where the paper has the product.
-    "rloo": {
-        "baseline": "leave-one-out", "scale_rewards": "none", "kl_in": "reward", "kl_estimator": "k1",
-        "importance": "sequence", "aggregation": "constant", "aggregation_constant": 1.0,
-    },
-    # Williams (1992): reward times the gradient of the completion's log-probability
-    "reinforce": {
-        "baseline": "none", "scale_rewards": "none", "kl_coef": 0.0,
-        "aggregation": "constant", "aggregation_constant": 1.0,
-    },
-    # The default run on the embedded pocket model, found by benchmarks/learning.py
-    "pocket": {
-        "num_generations_per_prompt": 8, "max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "learning_rate": 6e-4, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100, "warmup_steps": 5,
-        "kl_coef": 0.02, "logging_steps": 1, "save_steps": 50,
-    },
-    # Qwen2.5-0.5B-Instruct on GSM8K with one GPU of 24 GB or more; not measured yet. Learning rate, weight of the KL
-    # and length are those of verl's GRPO example for GSM8K (examples/grpo_trainer, Qwen2-7B, 1024 prompts a step); the
-    # rate is DeepSeekMath's too. K is 8 and a step has 32 prompts, so that 200 steps, most of the training set once,
-    # are affordable. A right number weighs 1, the form that it is asked in 0.2: form alone never beats being right.
-    # One prompt at a time is what 24 GB hold (planned: 19 GiB); with more, --batch-size 4 and 8 steps of accumulation.
-    "gsm8k": {
-        "num_generations_per_prompt": 8, "max_new_tokens": 512, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "learning_rate": 1e-6, "lr_scheduler": "constant_with_warmup", "warmup_steps": 10, "max_steps": 200,
-        "batch_size": 1, "gradient_accumulation_steps": 32, "kl_coef": 0.001, "reward_weights": (1.0, 0.2),
-        "logging_steps": 1, "eval_steps": 50, "save_steps": 50, "save_total_limit": 2,
-    },
-    # Countdown with four numbers, on a model that `grpo-lab pretrain` made: large groups, no reference model
-    "countdown4": {
-        "num_generations_per_prompt": 32, "max_new_tokens": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "learning_rate": 6e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 150, "warmup_steps": 5,
-        "kl_coef": 0.0, "save_steps": 150,
-    },
-}  # fmt: skip

@@ -11,7 +11,7 @@ from grpo_lab.training.config import GRPOConfig
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of all weights, and of those that are trained."""
+    """Return the bytes of all weights and of the trained ones."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return {"weights": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
 
@@ -19,7 +19,7 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 def rollout_batch_size(
     model: nn.Module, config: GRPOConfig, precision: str, columns: int, *, weights: int, trained: int
 ) -> int:
-    """For how many prompts to sample together: the more, the fewer times the weights are read for each token.
+    """Return how many prompts to sample together: the more, the less often the weights are read per token.
 
     Keys, values and logits get the room that the gradients take later in a step, or half that of the weights,
     whichever is more; and what four micro-batches of completions need, because a training pass keeps at least eight
@@ -33,10 +33,10 @@ def rollout_batch_size(
     known = model.config.get_text_config()
     heads = getattr(known, "num_key_value_heads", None) or getattr(known, "num_attention_heads", None)
     width = getattr(known, "head_dim", None) or (heads and known.hidden_size // known.num_attention_heads)
-    if not isinstance(heads, int) or not isinstance(width, int):  # another kind of cache
+    if not isinstance(heads, int) or not isinstance(width, int):  # a cache of unknown size
         return micro_batches
     cache = 2 * known.num_hidden_layers * heads * width * columns * (4 if precision == "fp32" else 2)
-    logits = 28 * model.get_input_embeddings().weight.shape[0]  # in float32, with what `truncate` makes of them
+    logits = 28 * model.get_input_embeddings().weight.shape[0]  # float32, and the copies that `truncate` makes
     room = max(trained, weights // 2)
     return max(micro_batches, room // ((cache + logits) * config.num_generations_per_prompt))
 
@@ -52,11 +52,13 @@ OUT_OF_MEMORY = (
 
 @contextmanager
 def memory_explained(device: torch.device, precision: str, config: GRPOConfig) -> Iterator[None]:
-    """Out of memory, on whatever device, becomes a MemoryError that says what to lower."""
+    """Turn out of memory, on any device, into a MemoryError that says what to lower."""
     try:
         yield
     except RuntimeError as error:
-        said = re.search("out of memory|can't allocate memory", str(error))  # CUDA's driver, Apple's MPS; a CPU
+        said = re.search(
+            "out of memory|can't allocate memory", str(error)
+        )  # the words of CUDA's driver and MPS; of a CPU
         if not (said or isinstance(error, torch.OutOfMemoryError)):
             raise
         words = OUT_OF_MEMORY.format(

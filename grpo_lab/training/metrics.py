@@ -120,7 +120,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass
 class UpdateSums:
-    """Running sums over the micro-batches of one update."""
+    """Sums over the micro-batches of one update, from which its metrics are made."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -131,11 +131,11 @@ class UpdateSums:
     largest_difference: float = 0.0
     largest_kl: float = 0.0
     weights: list[float] = field(default_factory=list)
-    """What each completion or token counted, where another program has sampled."""
+    """Importance weight of each completion or token; empty if the policy itself has sampled."""
 
     @classmethod
     def merged(cls, several: list["UpdateSums"]) -> "UpdateSums":
-        """Of all processes."""
+        """Return the sums over all processes."""
 
         def of(name: str):
             values = [getattr(sums, name) for sums in several]
@@ -146,7 +146,7 @@ class UpdateSums:
         return cls(**{f.name: of(f.name) for f in fields(cls)})
 
     def add(self, terms: LossTerms, scores: Scores, part: MicroBatch, weights: Tensor | None = None) -> None:
-        """Count one micro-batch in."""
+        """Add one micro-batch."""
         mask = part.rollouts.completion_mask
         difference = (scores.logprobs.detach() - part.rollouts.logprobs).where(mask, 0.0).abs()
         self.loss += terms.loss.item()
@@ -163,7 +163,14 @@ class UpdateSums:
 
 
 def batch_metrics(lengths: Tensor, ended: Tensor, rewards: Tensor, by_function: dict[str, Tensor]) -> dict[str, float]:
-    """What a rollout says of itself: lengths in tokens [B], whether ended [B], rewards [P, K], of each function [B]."""
+    """Return the metrics of a rollout.
+
+    Args:
+        lengths: [B] tokens of each completion.
+        ended: [B] whether it ended with an end token.
+        rewards: [P, K].
+        by_function: name -> [B] rewards of one function.
+    """
     metrics = {
         "reward": rewards.nanmean().item(),
         "reward_std": group_std(rewards).mean().item(),

@@ -1,4 +1,4 @@
-"""AdamW, with its running means in float32 or in 8 bits."""
+"""AdamW with its state in float32 or in 8 bits."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from grpo_lab.training.config import GRPOConfig
 
 
 def make_optimizer(model: nn.Module, config: GRPOConfig, device: torch.device) -> Optimizer:
-    """AdamW over the weights that are trained, by `config.optimizer` with its running means in float32 or in 8 bits.
+    """Return AdamW over the trained weights, with its state in float32 or in 8 bits (`config.optimizer`).
 
     The weights are float32 either way. In 8 bits (Dettmers et al., arXiv 2110.02861) each block of 256 numbers has a
     scale of its own, so that 8 bytes per weight become 2 and a bit; of a tensor with fewer than 4096 weights they
@@ -30,9 +30,9 @@ def make_optimizer(model: nn.Module, config: GRPOConfig, device: torch.device) -
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError("optimizer adamw_8bit needs bitsandbytes: pip install 'bitsandbytes>=0.50'.") from error
-    one = nn.Parameter(torch.zeros(4096, device=device))  # the fewest that are kept in 8 bits
+    one = nn.Parameter(torch.zeros(4096, device=device))  # smaller tensors stay in float32
     one.grad = torch.ones_like(one)
-    try:  # its list of devices names some on which the step is not written
+    try:  # its list of devices contains some without a kernel
         AdamW8bit([one], lr=1.0).step()
     except Exception as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class PromptOrder:
-    """Which prompts come next: every epoch a new shuffle, drawn from the seed and the epoch's number alone.
+    """Iterate over batches of prompt indices; each epoch is shuffled from the seed and its own number alone.
 
     Its whole state is (epoch, cursor), so a resumed run goes on exactly where it stopped. The last
     batch of an epoch may be smaller than the others; no prompt is dropped and none comes twice.
@@ -28,14 +28,14 @@ class PromptOrder:
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches an epoch has, the last, smaller one included."""
+        """Return the number of batches per epoch, including a smaller last one."""
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
 
     def __next__(self) -> list[int]:
-        """Indices of the next batch; goes on for ever."""
+        """Return the indices of the next batch; never ends."""
         if self.cursor >= self.size:
             self.epoch, self.cursor = self.epoch + 1, 0
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", self.epoch))
@@ -45,14 +45,14 @@ class PromptOrder:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands."""
+        """Return the position, for a checkpoint."""
         return {"epoch": self.epoch, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Go to a saved position."""
         self.epoch, self.cursor = state["epoch"], state["cursor"]
 
 
 def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for each purpose and step, so that no draw depends on what was drawn before it."""
+    """Return a separate seed for each purpose and step, so that no draw depends on earlier draws."""
     return zlib.crc32(f"{seed}/{purpose}/{number}".encode())

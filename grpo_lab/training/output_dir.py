@@ -1,4 +1,4 @@
-"""The output folder of a run: which checkpoints it holds, and what may be replaced."""
+"""The output folder of a run: find, prune and protect its checkpoints."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from grpo_lab.training.checkpoints import FINAL, RUN_FILES, STATE_FILE, _hide
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [
         (int(match[1]), path)
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
@@ -21,7 +21,7 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def to_resume(output_dir: Path, resume: bool | str | Path) -> list[Path]:
-    """The checkpoints to go on from, best first: the newest and those before it, or the folder that is named.
+    """Return the checkpoints to resume from, best first: newest to oldest, or the one folder that is named.
 
     Raises: ValueError if there is none.
     """
@@ -36,7 +36,7 @@ def to_resume(output_dir: Path, resume: bool | str | Path) -> list[Path]:
 
 
 def forget_after(output_dir: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: a run that goes on from an earlier one will make them again."""
+    """Remove the checkpoints after a step: the resumed run will write them again."""
     for later in all_checkpoints(output_dir):
         if int(later.name.split("-")[1]) > step:
             shutil.rmtree(_hide(later))
@@ -68,7 +68,7 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
 
     Raises: ValueError that says how to go on.
     """
-    with suppress(OSError):  # said in words by the next line
+    with suppress(OSError):  # the next line gives the reason
         output_dir.mkdir(parents=True, exist_ok=True)
     refuse_unwritable(output_dir)
     if not overwrite:
@@ -84,7 +84,7 @@ def refuse_unwritable(output_dir: Path) -> None:
 
 
 def cannot_write(folder: Path) -> str | None:
-    """Why a file cannot be made in this folder, which may not be there yet; None if one can."""
+    """Return why a file cannot be created in this folder, which need not exist yet; None if it can."""
     try:
         tempfile.TemporaryFile(dir=folder_above(folder)).close()
     except OSError as error:
@@ -93,5 +93,5 @@ def cannot_write(folder: Path) -> str | None:
 
 
 def folder_above(folder: Path) -> Path:
-    """The folder itself, or the one above it in which it would be made."""
+    """Return the folder itself if it exists, else the nearest existing folder above it."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))

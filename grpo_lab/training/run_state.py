@@ -1,4 +1,4 @@
-"""What identifies a run and its random state, so that a resumed run is the same run."""
+"""Fingerprints of data and weights, and the random state: what makes a resumed run the same run."""
 
 import json
 import random
@@ -10,7 +10,9 @@ import numpy
 import torch
 from torch import nn
 
-# Settings that may differ when a run goes on: they do not change what is computed.
+from grpo_lab.models.adapters import is_adapted
+
+# Settings that may change on resume, because they do not change what is computed.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "success_reward", "use_wandb", "wandb_project", "wandb_run_name", "report_to", "device", "max_skipped_steps",
@@ -19,7 +21,7 @@ FREE_TO_CHANGE = {
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """A short hash of all rows in their order, to notice a changed dataset."""
+    """Return a short hash of all rows in their order, to detect a changed dataset."""
     value = 0
     for row in rows:
         value = zlib.crc32(json.dumps(row, sort_keys=True, default=repr).encode(), value)
@@ -27,7 +29,7 @@ def fingerprint(rows: Iterable[Any]) -> str:
 
 
 def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
-    """A short hash of a model's weights, or of those alone that are not trained, whatever their precision."""
+    """Return a short hash of a model's weights, or of the frozen ones alone, independent of their precision."""
     value = 0
     for parameter in model.parameters():
         if frozen and parameter.requires_grad:
@@ -36,8 +38,19 @@ def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
     return f"{value:08x}"
 
 
+def fingerprints(dataset, model: nn.Module, ref_model: nn.Module | None) -> dict[str, str]:
+    """Return short hashes of what decides a run and is in no checkpoint: data, reference, weights under an adapter."""
+    found = {
+        "training data": fingerprint(dataset[i] for i in range(len(dataset))),
+        "reference model": weights_fingerprint(ref_model) if ref_model else "none",
+    }
+    if is_adapted(model):
+        found["model under the adapter"] = weights_fingerprint(model, frozen=True)
+    return found
+
+
 def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError with the differences if a checkpoint is of another run than this one.
+    """Raises ValueError that lists the differences if a checkpoint belongs to another run.
 
     Args:
         before, now: all settings, and fingerprints of what else decides the run.
@@ -53,7 +66,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random number generator, as tensors and plain values."""
+    """Return the state of all global random number generators, as tensors and plain values."""
     name, keys, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),
@@ -64,7 +77,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Set the generators to a state from `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

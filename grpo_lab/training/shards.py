@@ -25,10 +25,10 @@ def shard(model: nn.Module, score: Callable, processes: Processes, device: torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    model.cpu()  # from where it goes layer by layer: there are never two whole ones on a GPU
+    model.cpu()  # sharded from the CPU layer by layer, so that the GPU never holds two full copies
     whole = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     token = torch.zeros(1, 2, dtype=torch.long, device=device)
-    completion_logits(whole, token, torch.ones_like(token), 1)  # asks how it is built, by passes that are of no update
+    completion_logits(whole, token, torch.ones_like(token), 1)  # warm-up: finds and caches how body and head are called
     built_like(model, whole)
     mesh = init_device_mesh(device.type, (processes.world_size,))
     for module in list(model.modules()):
@@ -42,7 +42,7 @@ def shard(model: nn.Module, score: Callable, processes: Processes, device: torch
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, whole: nn.Module) -> None:
-    """Bring the whole copy of a sharded model up to date."""
+    """Copy the weights of a sharded model into its unsharded copy."""
     with peer_failures_explained():
         for parameter, target in zip(model.parameters(), whole.parameters(), strict=True):
             target.copy_(to_full_tensor(parameter))
@@ -50,15 +50,15 @@ def gather_weights(model: nn.Module, whole: nn.Module) -> None:
 
 @torch.no_grad()
 def scatter_weights(whole: nn.Module, model: nn.Module) -> None:
-    """Give a sharded model the weights of a whole one."""
+    """Copy the weights of an unsharded model into a sharded one."""
     for source, parameter in zip(whole.parameters(), model.parameters(), strict=True):
         parameter.copy_(_like(source, parameter))
 
 
 def gather_state(optimizer, processes: Processes) -> dict:
-    """The optimizer's state dict as that of one process, in the first; the others, which do not write, get no tensors.
+    """Return the unsharded state dict of the optimizer on rank 0; other ranks, which write nothing, get no tensors.
 
-    Of shards one at a time is made whole and goes to main memory: a device that trains need not hold all.
+    Shards are gathered one tensor at a time and moved to the CPU, so that no device holds the full state.
     """
 
     def whole(value):
@@ -72,7 +72,7 @@ def gather_state(optimizer, processes: Processes) -> dict:
 
 
 def scatter_state(state: dict, optimizer) -> dict:
-    """A whole state dict sharded as the optimizer's weights are, one tensor at a time."""
+    """Shard a full state dict like the optimizer's weights, one tensor at a time."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shards = {
         i: {name: _like(v, parameters[i]) if v.shape == parameters[i].shape else v for name, v in values.items()}
@@ -82,7 +82,7 @@ def scatter_state(state: dict, optimizer) -> dict:
 
 
 def to_full_tensor(value):
-    """A sharded tensor made whole; anything else as it is."""
+    """Return a sharded tensor as a full one; anything else unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -94,11 +94,10 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def pad_micro_batches(parts: Sequence, processes: Processes) -> list[tuple[Any, float]]:
-    """Micro-batches, as many in every process, each with a factor for its loss: a pass of shards is one of all at once.
+    """Return the micro-batches with a factor for their loss, equally many on every rank, as FSDP's collectives need.
 
-    FSDP takes the mean over processes, of what is to be a sum, hence their number as the factor; where a process has
-    fewer micro-batches, its first comes again, with factor 0. All of them get a gradient, as a
-    rollout may be one that a single process saved.
+    FSDP averages gradients over ranks where we want a sum, hence the factor world_size. A rank with fewer micro-batches
+    repeats its first with factor 0. `no_gradient` is cleared: a batch saved by one process may contain it.
     """
     for part in parts:
         part.no_gradient = False

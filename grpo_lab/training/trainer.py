@@ -131,7 +131,7 @@ class GRPOTrainer:
             final = merged(self.policy) if is_adapted(self.policy) else self.policy
             checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._final_state())
         self.processes.barrier()
-        for tracker in self.accelerator.trackers:  # end_training() would end the process group, and more may follow
+        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
             tracker.finish()
 
     def _next_batch(self) -> Batch:
@@ -397,12 +397,6 @@ class GRPOTrainer:
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on as the same run."""
         if self._fingerprints is None:  # once: a large reference takes seconds
-            data = (self.train_dataset[i] for i in range(len(self.train_dataset)))
-            self._fingerprints = {
-                "training data": run_state.fingerprint(data),
-                "reference model": run_state.weights_fingerprint(self.ref_model) if self.ref_model else "none",
-            }
-            if is_adapted(self.model):  # a checkpoint does not hold it
-                self._fingerprints["model under the adapter"] = run_state.weights_fingerprint(self.model, frozen=True)
+            self._fingerprints = run_state.fingerprints(self.train_dataset, self.model, self.ref_model)
         resolved = {"precision": self.precision, "reward functions": self.components.rewards.names}
         return self.config.to_dict() | resolved | self._fingerprints
