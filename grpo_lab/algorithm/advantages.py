@@ -51,12 +51,12 @@ def group_advantages(
     scored = ~rewards.isnan()
     r = rewards.where(scored, 0.0)
     n = scored.sum(1, keepdim=True)
-    mean = r.sum(1, keepdim=True) / n.clamp(min=1)
+    mean = r.sum(1, keepdim=True) / n
 
     if baseline == "mean":
         advantages = r - mean
     elif baseline == "leave-one-out":
-        advantages = (r - mean) * n / (n - 1).clamp(min=1)  # = r - mean of the others
+        advantages = (r - mean) * n / (n - 1)  # = r - mean of the others
     elif baseline == "none":
         advantages = r
     else:
@@ -72,7 +72,8 @@ def group_advantages(
 
     live = scored
     if baseline != "none":
-        live = scored & ~all_equal(rewards)[:, None]  # mean() leaves a residue of 1e-8 that the std would blow up
+        # mean() leaves a residue of 1e-8 that the std would blow up; with fewer than two scores it is NaN
+        live = scored & ~all_equal(rewards)[:, None]
     return advantages.where(live, 0.0)
 
 
@@ -87,7 +88,7 @@ def group_std(rewards: Tensor) -> Tensor:
     """The spread of the scored rewards within each group, dividing by n - 1. [P, K] -> [P], 0 where n < 2."""
     scored = ~rewards.isnan()
     n = scored.sum(1)
-    mean = rewards.nansum(1) / n.clamp(min=1)
+    mean = rewards.nansum(1) / n
     squares = (rewards - mean[:, None]).square().where(scored, 0.0).sum(1)
     return (squares / (n - 1).clamp(min=1)).sqrt()
 

@@ -67,6 +67,5 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     tensor(0.)
     """
     logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    possible = logp > -torch.inf  # 0 * log 0 counts as 0, and -inf must not meet -inf
-    difference = logp.where(possible, 0.0) - logq.where(possible, 0.0)
+    difference = (logp - logq).where(logp > -torch.inf, 0.0)  # 0 * log 0 counts as 0
     return (logp.exp() * difference).sum(-1)

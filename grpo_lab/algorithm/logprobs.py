@@ -31,7 +31,7 @@ def truncate(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p:
     k = top_k if 0 < top_k < vocab else vocab
     if k == vocab and top_p >= 1.0:
         return None
-    values, ids = logits.float().topk(k, dim=-1)
+    values, ids = logits.float().topk(k)
     if top_p < 1.0:
         probs = (values / temperature).softmax(-1)
         before = probs.cumsum(-1) - probs  # mass of all likelier tokens: the first token always has 0

@@ -140,7 +140,7 @@ def cispo_surrogate(
     Source: MiniMax-M1 (arXiv 2506.13585), CISPO.
     """
     weight = importance_ratio(logprobs, old_logprobs, mask, importance).clamp(max=1 + clip_range_high).detach()
-    return (weight * _per_token(advantages) * logprobs.where(mask, 0.0)).where(mask, 0.0)
+    return (weight * _per_token(advantages) * logprobs).where(mask, 0.0)
 
 
 def aggregate(

@@ -5,7 +5,10 @@ the model with its adapter off, a checkpoint holds the adapter alone, and the fi
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -31,22 +34,17 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> nn.Modu
         alpha: the update's scale is alpha / rank.
         seed: of A; no global random state is changed.
     Returns: a `peft.PeftModel` around it.
-    Raises: ValueError if peft is not installed, or the model carries an adapter already.
+    Raises: ValueError if peft is not installed or refuses to work, or the model carries an adapter already.
     Source: LoRA (arXiv 2106.09685), section 4.1.
     """
     if is_adapted(model):
         raise ValueError("the model carries an adapter already. Leave lora_rank out to train that one.")
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("lora_rank needs the package peft: pip install peft.") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # an older name of transformers; how GPT-2 stores its matrices, which peft knows
+    with _peft() as peft, torch.random.fork_rng(), warnings.catch_warnings():
+        # peft calls transformers by an older name, and tells how GPT-2 stores its matrices, which it handles
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
 
 
 def check_adapter(model: nn.Module) -> None:
@@ -72,14 +70,30 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put an adapter's saved weights into the model. Raises ValueError if they do not fit."""
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
+    """Put an adapter's saved weights into the model. Raises ValueError if they do not fit or peft refuses to work."""
     if not (folder / "adapter_config.json").is_file():
         raise ValueError("it holds no adapter; a final model, being merged, cannot be trained on as the same run")
-    saved = load_peft_weights(str(folder), device="cpu")
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted = {name: weight.shape for name, weight in wanted.items()}
-    if wrong := sorted(wanted.items() ^ {name: weight.shape for name, weight in saved.items()}.items()):
-        raise ValueError(f"the adapter is another one: {wrong[0][0]} differs")
-    set_peft_model_state_dict(model, saved)
+    with _peft() as peft:
+        saved = peft.load_peft_weights(str(folder), device="cpu")
+        wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        wanted = {name: weight.shape for name, weight in wanted.items()}
+        if wrong := sorted(wanted.items() ^ {name: weight.shape for name, weight in saved.items()}.items()):
+            raise ValueError(f"the adapter is another one: {wrong[0][0]} differs")
+        peft.set_peft_model_state_dict(model, saved)
+
+
+@contextmanager
+def _peft() -> Iterator[ModuleType]:
+    """Import peft, and turn an ImportError, which peft raises late for what it finds too old, into its cure."""
+    try:
+        import peft
+
+        yield peft
+    except ImportError as error:
+        if error.name == "peft":
+            cure = "LoRA needs the package peft: pip install peft."
+        elif "torchao" in str(error):  # peft needs none, but refuses an old one that happens to be installed
+            cure = f"peft refuses the installed torchao ({error}): pip uninstall -y torchao, or pip install -U torchao."
+        else:
+            cure = f"peft cannot be used ({error}): pip install -U peft."
+        raise ValueError(cure) from error

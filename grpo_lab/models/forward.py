@@ -14,8 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Head = Callable[[Tensor], Tensor]
+# transformers 5.24 renamed `past_key_values` to `cache`, and warns where it meets the older name
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that copy, so that a gradient flows through them
 
 
@@ -84,6 +87,16 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(_underneath(model).forward).parameters
 
 
+def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:
+    """Return the KV cache as a keyword argument for the model; the code of a Hub model may know only the older name."""
+    return {"past_key_values" if accepts(model, "past_key_values") else CACHE: cache}
+
+
+def cache_of(output: object) -> object | None:
+    """Return the KV cache in a model's output, None if there is none."""
+    return getattr(output, CACHE, None)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for a while: dropout is neither for sampling nor for judging."""
@@ -117,19 +130,21 @@ def _after_shared_prompts(body, inputs: dict[str, Tensor], width: int) -> Tensor
         return states
     cache.reorder_cache(prompt_of)
     rest = {name: x if name == "attention_mask" else x[:, width:] for name, x in inputs.items()}
-    return torch.cat([states, body(**rest, use_cache=True, past_key_values=cache, keep=0).states], 1)
+    return torch.cat([states, body(**rest, use_cache=True, cache=cache, keep=0).states], 1)
 
 
 def _body_and_head(model: nn.Module) -> tuple[Callable[..., _Output], Head]:
     body, head = _parts(model)
 
-    def call(*, keep: int, **inputs) -> _Output:
+    def call(*, keep: int, cache: object = None, **inputs) -> _Output:
+        if cache is not None:
+            inputs |= cache_argument(model if body is None else body, cache)
         if body is not None:
             output = body(**inputs)
-            return _Output(output.last_hidden_state, getattr(output, "past_key_values", None))
+            return _Output(output.last_hidden_state, cache_of(output))
         last = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}  # 0 keeps all
         output = model(**inputs, **last)
-        return _Output(output.logits, getattr(output, "past_key_values", None))
+        return _Output(output.logits, cache_of(output))
 
     return call, head
 

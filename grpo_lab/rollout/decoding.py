@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticCache, StaticLayer
 
-from grpo_lab.models.forward import accepts, position_ids
+from grpo_lab.models.forward import accepts, cache_argument, cache_of, position_ids
 
 WORTH_IT = 32  # tokens; capturing takes three steps and a moment (assumed, not measured yet)
 
@@ -27,9 +27,11 @@ class DynamicCacheDecoder:
         self.last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
         positions = position_ids(model, attention_mask)
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions, **self.last)
-        self.cache = getattr(output, "past_key_values", None)
-        if not hasattr(self.cache, "reorder_cache"):
-            raise ValueError(f"{type(model).__name__} keeps no cache that can be repeated: it cannot be sampled from.")
+        self.cache = cache_of(output)
+        # Mamba would multiply one token's state by the mask of all tokens: broadcast, it is read many times over.
+        if not any(isinstance(layer, CacheLayerMixin) for layer in getattr(self.cache, "layers", ())):
+            raise ValueError(f"{type(model).__name__} keeps no KV cache, so it cannot be sampled from. "
+                             "Use a model with attention layers.")  # fmt: skip
         self.logits = output.logits[:, -1]
         self.row_index = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(num_generations)
 
@@ -49,8 +51,8 @@ class DynamicCacheDecoder:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         positions = {name: p[:, -1:] for name, p in position_ids(self.model, self.mask).items()}
         output = self.model(
-            input_ids=ids[:, None], attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-            **positions, **self.last,
+            input_ids=ids[:, None], attention_mask=self.mask, use_cache=True,
+            **cache_argument(self.model, self.cache), **positions, **self.last,
         )  # fmt: skip
         self.logits = output.logits[:, -1]
 
@@ -127,7 +129,7 @@ class CudaGraphDecoder:
     def _step(self) -> Tensor:
         output = self.model(
             input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
-            past_key_values=self.cache, use_cache=True,
+            use_cache=True, **cache_argument(self.model, self.cache),
         )  # fmt: skip
         return output.logits[:, -1]
 

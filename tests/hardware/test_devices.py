@@ -20,6 +20,7 @@ from transformers import MambaConfig
 from grpo_lab import GRPOConfig
 from grpo_lab.hardware import devices, system
 from grpo_lab.models import preparation
+from grpo_lab.models.forward import cache_of
 from grpo_lab.training import memory, step
 from grpo_lab.training.checkpoints import load_state
 from grpo_lab.training.optimizer import make_optimizer
@@ -392,7 +393,7 @@ def test_four_micro_batches_are_sampled_together_at_least_and_one_with_checkpoin
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_room_that_is_counted_for_keys_and_values_is_what_they_take(name):
     model = tiny_architecture(name, num_key_value_heads=None)  # as many as others
-    cache = model(torch.ones(1, 40, dtype=torch.long), use_cache=True).past_key_values
+    cache = cache_of(model(torch.ones(1, 40, dtype=torch.long), use_cache=True))
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     config = GRPOConfig(num_generations_per_prompt=2, batch_size=1, gradient_checkpointing=True)
     room = 4 * sum(p.numel() for p in model.parameters())

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_architecture, tiny_model
@@ -13,7 +15,7 @@ from trainers import make_trainer, weights
 from transformers import AutoModelForCausalLM
 
 from grpo_lab.cli.main import main
-from grpo_lab.models.adapters import add_lora, merged
+from grpo_lab.models.adapters import add_lora, load_adapter, merged
 from grpo_lab.models.forward import rebuilt
 from grpo_lab.planning.rehearsal import Rehearsal, size_of
 from grpo_lab.training.checkpoints import DamagedCheckpointError, load_weights
@@ -219,6 +221,33 @@ def test_without_peft_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="pip install peft"):
         add_lora(tiny_model(), rank=2, alpha=32, seed=0)
+
+
+OLD_TORCHAO = (
+    "Found an incompatible version of torchao. Found version 0.10.0, but only versions above 0.16.0 are supported"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (OLD_TORCHAO, f"peft refuses the installed torchao ({OLD_TORCHAO}): "
+                      "pip uninstall -y torchao, or pip install -U torchao."),
+        ("cannot import name 'X'", "peft cannot be used (cannot import name 'X'): pip install -U peft."),
+    ],
+)  # fmt: skip
+def test_where_peft_refuses_what_is_installed_one_sentence_says_the_cure(tmp_path, monkeypatch, error, cure):
+    def refuse(*_, **__):
+        raise ImportError(error)
+
+    model = add_lora(tiny_model(), rank=2, alpha=32, seed=0)
+    model.save_pretrained(tmp_path)
+    for name in ("get_peft_model", "set_peft_model_state_dict"):
+        monkeypatch.setattr(peft, name, refuse)
+    with pytest.raises(ValueError, match=f"^{re.escape(cure)}$"):
+        add_lora(tiny_model(), rank=2, alpha=32, seed=0)
+    with pytest.raises(ValueError, match=f"^{re.escape(cure)}$"):
+        load_adapter(model, tmp_path)
 
 
 def test_the_command_line_trains_an_adapter(tmp_path, model_folder):

@@ -1,5 +1,7 @@
 """The cache of fixed size that CUDA graphs need says what the growing one says; here without the graph."""
 
+import logging
+
 import pytest
 import torch
 from conftest import tiny_architecture, tiny_model
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_lab.rollout import decoding
 from grpo_lab.rollout.sampling import sample
+from grpo_lab.rollout.scoring import completion_logprobs
 
 
 @pytest.fixture
@@ -43,6 +46,19 @@ def test_in_half_precision_too_where_rotated_keys_come_in_float32(request, model
     assert len(made) == 1
     assert texts(fixed) == texts(growing)
     assert torch.allclose(fixed.logprobs, growing.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma2"])  # of gemma2 the whole model is called, not its body
+def test_the_cache_is_called_as_this_transformers_calls_it(monkeypatch, recwarn, name, capture):
+    logged = []  # some deprecations are logged, and only once in a process
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *args: logged.append(message))
+    monkeypatch.setattr(decoding, "can_capture", lambda *_: capture)
+    model = tiny_architecture(name)
+    rollouts = draw(model)
+    completion_logprobs(model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens)
+    said = logged + [str(warning.message) for warning in recwarn]
+    assert [message for message in said if "past_key_values" in message or "`cache`" in message] == []
 
 
 class Casts(TorchDispatchMode):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from rollouts import PROMPTS, TRUNCATIONS, K, P, T, draw, texts, uniforms
 
@@ -250,10 +251,9 @@ def test_rollouts_travel_whole(model):
         assert torch.equal(moved.input_ids, rollouts.input_ids)
 
 
-@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2", "Mamba"])
-def test_hybrid_models_are_sampled_too_and_recurrent_ones_refused_in_plain_words(name):
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2", "Mamba", "Mamba2"])
+def test_hybrid_models_are_sampled_too_and_recurrent_ones_are_refused(name):
     """A cache that is not only keys and values; sizes small enough to be made here."""
-    transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 21, "hidden_size": 32, "num_hidden_layers": 4, "pad_token_id": 0, "eos_token_id": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
     extra = {
@@ -262,14 +262,15 @@ def test_hybrid_models_are_sampled_too_and_recurrent_ones_refused_in_plain_words
                               "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
         "Lfm2": heads | {"layer_types": ["conv", "full_attention"] * 2},
         "Mamba": {"state_size": 4},
+        "Mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2},
     }[name]  # fmt: skip
     config = getattr(transformers, f"{name}Config")(**small | extra)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     ids, mask = left_pad([[3, 4, 5], [6, 7]], pad_id=0)
     arguments = {"num_generations": 3, "uniforms": torch.rand(6, 5), "end_ids": [1], "pad_id": 0}
-    if name == "Mamba":
-        with pytest.raises(ValueError, match="MambaForCausalLM keeps no cache that can be repeated"):
+    if name.startswith("Mamba"):
+        with pytest.raises(ValueError, match=f"{name}ForCausalLM keeps no KV cache"):
             sample(model, ids, mask, **arguments)
         return
     one = sample(model, ids[:1], mask[:1], **arguments | {"uniforms": arguments["uniforms"][:3]})
