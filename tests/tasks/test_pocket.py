@@ -1,7 +1,8 @@
-"""The embedded model: what its card says is so, it can be made again, and it learns."""
+"""The pocket model: its card is right, its script is reproducible, and it learns."""
 
 import hashlib
 import json
+from itertools import islice
 from random import Random
 
 import pytest
@@ -22,7 +23,7 @@ def loaded():
     return pocket.load()
 
 
-def test_it_is_small_a_qwen2_and_loads_without_a_network(loaded):
+def test_it_is_a_small_qwen2_that_loads_without_a_network(loaded):
     model, tokenizer = loaded
     assert isinstance(model, Qwen2ForCausalLM)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -35,14 +36,23 @@ def test_it_is_small_a_qwen2_and_loads_without_a_network(loaded):
     assert make.make_tokenizer()(text)["input_ids"] == ids
 
 
-def test_its_card_has_the_hash_of_the_weights_and_what_they_can_do(loaded):
+def test_its_card_has_the_hash_of_the_weights_and_their_accuracy(loaded):
     assert hashlib.sha256((pocket.WEIGHTS / "model.safetensors").read_bytes()).hexdigest() == CARD["sha256"]
     measured = make.accuracy(*loaded)
-    assert measured == pytest.approx(CARD["held_out_accuracy"]["sampled"], abs=0.01)  # a token may flip elsewhere
-    assert 0.15 < measured < 0.40  # something to learn, and something to start from
+    # rounding differs between machines, so a token may too
+    assert measured == pytest.approx(CARD["held_out_accuracy"]["sampled"], abs=0.01)
+    assert 0.15 < measured < 0.40  # neither 0 nor near 1: GRPO has something to start from and something to gain
 
 
-def test_it_generates_as_any_model_of_transformers():
+def test_the_text_of_the_shipped_model_does_not_change():
+    # 50 batches of the first phase at seed 0; from other text the script would make other weights
+    digest, batches = hashlib.sha256(), make.make_batches(Random(0), make.make_tokenizer(), 1.0)
+    for ids, labels in islice(batches, 50):
+        digest.update(ids.numpy().tobytes() + labels.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "6dc7e8b324caa2d8"
+
+
+def test_it_generates_with_plain_transformers():
     model = AutoModelForCausalLM.from_pretrained(pocket.WEIGHTS)
     tokenizer = AutoTokenizer.from_pretrained(pocket.WEIGHTS)
     inputs = tokenizer(["3,5,7:15=", "2,2,9:13="], return_tensors="pt", padding=True)
@@ -60,15 +70,15 @@ def test_no_held_out_problem_occurs_in_the_text_it_was_trained_on():
         assert (tuple(sorted(map(int, numbers.split(",")))), int(target)) not in held_out
 
 
-def test_the_careful_author_is_always_right_where_there_is_a_solution_and_the_careless_never():
+def test_the_careful_author_is_always_right_on_solvable_problems_and_the_careless_never():
     random = Random(0)
     solvable = {"right": 0, "wrong": 0}
-    near = {prompt for numbers, target, _ in make.near_problems() for prompt in [(tuple(numbers), target)]}
+    unsolvable = {(numbers, target) for numbers, target, _ in make.unsolvable_problems()}
     for share in (1.0, 0.0):
         for _ in range(2000):
             prompt, answer = make.write_line(random, careful_share=share)
             numbers, target = prompt[:-1].split(":")
-            if (tuple(sorted(map(int, numbers.split(",")))), int(target)) in near:
+            if (tuple(sorted(map(int, numbers.split(",")))), int(target)) in unsolvable:
                 assert not solves(prompt, answer)
             else:
                 solvable["right" if solves(prompt, answer) else "wrong"] += 1
@@ -76,7 +86,7 @@ def test_the_careful_author_is_always_right_where_there_is_a_solution_and_the_ca
     assert min(solvable.values()) > 500
 
 
-def test_it_can_be_made_again(tmp_path, monkeypatch, capsys):
+def test_the_script_makes_the_same_weights_twice(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         monkeypatch.setattr("sys.argv", ["make", "--output", str(tmp_path / name), "--steps", "3", "2"])
         make.main()

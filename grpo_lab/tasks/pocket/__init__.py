@@ -1,6 +1,6 @@
 """The pocket model: a tiny language model that plays Countdown, shipped with the package.
 
-`make.py` beside this file made it; `card.json` says when, how long it took and what it can do.
+`make.py` made it; `card.json` records how it was made and which fraction of held-out problems it solves.
 """
 
 from pathlib import Path
@@ -8,11 +8,11 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "model"
 NUM_PROMPTS = 2048
-"""Prompts in the training set of the default run."""
+"""Number of training prompts in the default run."""
 
 
 def load():
-    """The pocket model (float32) and its tokenizer, as transformers loads them. No network is needed.
+    """Load the pocket model (in float32) and its tokenizer; no network needed.
 
     Returns: (Qwen2ForCausalLM, PreTrainedTokenizerFast).
     """
