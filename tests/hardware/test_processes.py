@@ -123,7 +123,7 @@ def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_two_others_go_o
 def test_a_run_of_one_process_goes_on_in_two(of_two, tmp_path, name):
     run(str(tmp_path / "one"), {**RUNS[name], "fsdp": False})
     parts = load_state(tmp_path / "one" / "checkpoint-3")["batch"][0]["parts"]
-    assert any(part["idle"] for part in parts) == (name == "shards, no KL")  # of which shards make none
+    assert any(part["no_gradient"] for part in parts) == (name == "shards, no KL")  # of which shards make none
     runs = json.dumps([[str(tmp_path / "two"), RUNS[name]]])
     checkpoint = str(tmp_path / "one" / "checkpoint-3")
     went_on = launch(TORCHRUN, str(TESTS / "two_processes.py"), runs, checkpoint, folder=tmp_path)
@@ -144,7 +144,7 @@ def test_data_that_is_shuffled_without_a_seed_is_refused(differing):
     found, _ = differing
     assert len(found["data"]) == 2
     for words in found["data"]:
-        assert "the processes of this run have different training data. Is it drawn or shuffled without a seed" in words
+        assert "the processes of this run have different training data" in words
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_the_model_that_is_sharded_can_be_its_own_judge(differing, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_waits_for_one_that_is_slow_much_longer_than_ten_minutes(differing):
-    assert differing[0]["patience"] == [6 * 3600] * 2
+    assert differing[0]["collective timeout"] == [6 * 3600] * 2
 
 
 @pytest.mark.slow
@@ -176,9 +176,9 @@ def test_a_weight_that_one_process_alone_has_used_gets_its_gradient_in_all(diffe
 
 def test_a_process_with_fewer_micro_batches_repeats_its_first_which_counts_nothing(monkeypatch):
     monkeypatch.setattr(Processes, "gather", lambda self, mine: [*mine, 3])  # another has three
-    parts = [SimpleNamespace(idle=True), SimpleNamespace(idle=False)]
+    parts = [SimpleNamespace(no_gradient=True), SimpleNamespace(no_gradient=False)]
     assert shards.pad_micro_batches(parts, Processes(2, 0)) == [(parts[0], 2.0), (parts[1], 2.0), (parts[0], 0.0)]
-    assert not any(part.idle for part in parts)
+    assert not any(part.no_gradient for part in parts)
 
 
 def test_being_out_of_memory_is_not_said_of_another_process():
@@ -202,7 +202,7 @@ def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom grpo_lab import reward_models\nreward_models.PATIENCE = 0.5\n"
+        "import os, time\nfrom grpo_lab.rewards import reward_models\nreward_models.PATIENCE = 0.5\n"
         "def f(prompts, completions):\n    time.sleep(2 * int(os.environ['RANK']))\n"
         "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
     )
@@ -211,7 +211,7 @@ def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     assert done.returncode != 0
     assert "process 1: the reward function 'f' on " in done.stderr
     assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
-    assert "grpo_lab/trainer.py" not in done.stderr  # no traceback but the launcher's
+    assert "training/trainer.py" not in done.stderr  # only the launcher prints a traceback
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
