@@ -85,7 +85,7 @@ def differ(folder: str) -> dict:
     found["judge"] = [trainer.metrics_file.read()[-1]["reward"]]
 
     group = torch.distributed.distributed_c10d._get_default_group()
-    found["patience"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()]
+    found["collective timeout"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()]
 
     used, unused, everywhere = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     model = nn.ParameterList([used, unused, everywhere])

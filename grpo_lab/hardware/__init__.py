@@ -1,4 +1,4 @@
-"""The machine under a run: device and precision, processes, CPU cores and memory, signals.
+"""Hardware and processes: device and precision, process group, CPU cores and memory, signals.
 
-Nothing here knows GRPO, a language model or the settings of a run.
+These modules do not depend on GRPO, on a language model or on the settings of a run.
 """

@@ -1,17 +1,17 @@
-"""Several processes, one run: each takes whole groups of every step, and every mean is over all of them.
+"""Data parallelism: each rank takes whole groups of every step, and every mean is taken over all ranks.
 
-    accelerate launch -m grpo_lab.train_grpo ...       as many processes as there are GPUs
+    accelerate launch -m grpo_lab.train_grpo ...       one process per GPU
     torchrun --nproc-per-node 2 -m grpo_lab.train_grpo --device cpu ...
 
-So N processes end with the weights of one, within rounding, and a run may go on with another number of them. Each
-process holds the model and adds its gradient to that of the others; with `fsdp` weights, gradients and the
-optimizer's state are sharded between them for the update, beside a whole copy of the weights that samples.
+N processes therefore end with the same weights as one process, within rounding, and a run can be resumed with another
+world size. Each rank holds the whole model, and gradients are all-reduced. With `fsdp`, weights, gradients and
+optimizer state are sharded for the update; each rank also keeps a full copy of the weights for sampling.
 
-All start from the weights of the first, and must have the same data. What dropout and reward functions draw differs
-between them, and with their number.
+All ranks start from rank 0's weights and must have the same data. Random numbers of dropout and of reward functions
+differ between ranks, and with the world size.
 
-DDP of PyTorch would send gradients while others are still computed; it takes as many backward passes in each process,
-though, and here micro-batches follow the lengths of the completions.
+PyTorch's DDP is not used. It would overlap communication and backward pass, but needs the same number of backward
+passes on every rank, and here the number of micro-batches depends on the lengths of the completions.
 """
 
 import math
@@ -28,83 +28,87 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many this is. With one, nothing is sent."""
+    """World size and rank of this process, and the collectives of a run. With one process they send nothing."""
 
     world_size: int = 1
     rank: int = 0
 
     @property
     def is_main(self) -> bool:
-        """Does this one write files?"""
+        """Return True on rank 0, which prints and writes files."""
         return self.rank == 0
 
     def shard_range(self, size: int) -> range:
-        """Which of `size` things in a row are this process's.
+        """Return this rank's contiguous part of `size` indices.
 
         >>> [list(Processes(2, rank).shard_range(5)) for rank in (0, 1)]
         [[0, 1], [2, 3, 4]]
         """
         return range(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
-    def gather(self, mine: list) -> list:
-        """The lists of all processes, one after the other: what was shared out stands in its order again."""
+    def gather(self, values: list) -> list:
+        """Return the lists of all ranks, concatenated in rank order."""
         if self.world_size == 1:
-            return mine
+            return values
         with peer_failures_explained():
-            return gather_object(mine)
+            return gather_object(values)
 
-    def sum(self, mine: float) -> float:
-        """The sum over all processes, the same to the bit in each."""
-        return math.fsum(self.gather([mine]))
+    def sum(self, value: float) -> float:
+        """Return the sum over all ranks, equal to the bit on each."""
+        return math.fsum(self.gather([value]))
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Wait until all ranks have called this."""
         self.gather([])
 
-    def check_same(self, what: str, mine: Any) -> None:
-        """Raises ValueError in all processes if they have not the same."""
-        if len(set(self.gather([mine]))) > 1:
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise ValueError on every rank if the ranks have different values."""
+        if len(set(self.gather([value]))) > 1:
             raise ValueError(
-                f"the processes of this run have different {what}. Is it drawn or shuffled without a seed? Give one: "
-                "each process must make the same."
+                f"the processes of this run have different {what}: all must have the same. Is it shuffled or sampled "
+                "without a seed? Set one."
             )
 
     @torch.no_grad()
     def broadcast_weights(self, model: nn.Module) -> None:
-        """Give the model the weights of the first process's: from others, gradients that are added up lead nowhere."""
+        """Broadcast rank 0's weights and buffers into the model, so that all replicas start equal."""
         if self.world_size > 1:
             with peer_failures_explained():
                 for value in [*model.parameters(), *model.buffers()]:
-                    sent = value.detach().contiguous()
-                    distributed.broadcast(sent.view(-1).view(torch.uint8), 0)  # bytes: gloo knows few types
-                    value.copy_(sent)
+                    buffer = value.detach().contiguous()
+                    distributed.broadcast(buffer.view(-1).view(torch.uint8), 0)  # as bytes: gloo supports few dtypes
+                    value.copy_(buffer)
 
     @torch.no_grad()
     def all_reduce_gradients(self, model: nn.Module) -> None:
-        """Each gradient becomes the sum of those of all processes: each has divided by the totals of all already."""
+        """Replace each gradient by its sum over all ranks; each rank has already divided by the totals of all ranks.
+
+        DTensors are left out: FSDP reduces their gradients.
+        """
         if self.world_size == 1:
             return
         weights = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        # what only others have used, an expert say, has no gradient here: each must send as many as the others await
+        # A weight that only other ranks used, such as an expert's, has no gradient here, but every rank must take part
+        # in each all-reduce. A weight that no rank used keeps grad None.
         used = zip(weights, *self.gather([[p.grad is not None for p in weights]]), strict=True)
-        sent = []
+        pending = []
         with peer_failures_explained():
-            for parameter in [p for p, *by in used if any(by)]:
+            for parameter in [p for p, *by_rank in used if any(by_rank)]:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                sent.append(distributed.all_reduce(parameter.grad, async_op=True))
-            for gradient in sent:
-                gradient.wait()
+                pending.append(distributed.all_reduce(parameter.grad, async_op=True))
+            for reduction in pending:
+                reduction.wait()
 
 
 @contextmanager
 def peer_failures_explained() -> Iterator[None]:
-    """Turn an error of gloo or NCCL into a ConnectionError that says what happened to the other process."""
+    """Turn an error of gloo or NCCL into a ConnectionError that says that another process has failed."""
     try:
         yield
-    except torch.OutOfMemoryError:  # is a RuntimeError too, and nobody else's fault
+    except torch.OutOfMemoryError:  # a RuntimeError too, but of this process
         raise
-    except RuntimeError as error:  # gloo's and NCCL's: a connection that was closed, a process that does not answer
+    except RuntimeError as error:  # gloo and NCCL raise it for a closed connection or a timeout
         raise ConnectionError(
-            "another process of this run has ended, or does not answer; what it printed says why. --resume "
-            "(resume=True) goes on from the last checkpoint, with as many processes as you like."
+            "another process of this run has ended or does not answer; see its output for the reason. Continue from "
+            "the last checkpoint with --resume (resume=True), with any number of processes."
         ) from error

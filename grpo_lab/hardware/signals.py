@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step first."""
+"""Ctrl-C and SIGTERM: finish the current step before stopping."""
 
 import signal
 import threading
@@ -8,30 +8,32 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupt_between_steps() -> Iterator[list[int]]:
-    """Let the first Ctrl-C wait until the step is finished: it only fills the list. The second acts at once.
+    """Handle SIGINT (Ctrl-C) and SIGTERM: the first one is only recorded, the second one acts at once.
 
-    So does SIGTERM, as a cluster sends it before it takes a machine away.
+    The caller checks the list between steps. Clusters send SIGTERM before they reclaim a machine.
+
+    Yields: the list of signal numbers received so far.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers there only
         yield received
         return
 
-    def put_back() -> None:
-        for number, handler in before.items():
+    def restore_handlers() -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def note(number: int, _frame) -> None:
+    def record_signal(number: int, _frame) -> None:
         received.append(number)
-        put_back()  # before it is promised: the second may come at once
+        restore_handlers()  # before the message, since the second signal may come as soon as it is printed
         print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # None is not Python's to put back; what is ignored stays so, as for a run in the background of a shell script
-    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: installed by C code, and Python cannot restore it. SIG_IGN: a shell's background job ignores SIGINT.
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     try:
-        for number in before:
-            signal.signal(number, note)
+        for number in handlers:
+            signal.signal(number, record_signal)
         yield received
     finally:
-        put_back()
+        restore_handlers()

@@ -1,4 +1,4 @@
-"""What this machine offers: CPU cores, threads, memory, with the limits of its container."""
+"""CPU cores, threads and memory that this process can use, with the limits of its container (cgroup)."""
 
 import ctypes
 import os
@@ -9,52 +9,52 @@ import psutil
 import torch
 from torch import nn
 
-SMALL_MODEL = 10_000_000  # weights
+SMALL_MODEL = 10_000_000  # parameters
 CGROUP = Path("/sys/fs/cgroup")
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def return_freed_memory() -> None:
-    """Have glibc give blocks of a megabyte or more back to the system as soon as they are freed; for good.
+    """Set glibc's malloc, for the rest of the process, to return blocks of 1 MiB or more to the system when freed.
 
-    By itself it keeps blocks of up to 32 MB, and where layers are computed anew what it keeps falls into pieces:
-    checkpointing would save nothing. It costs time, since fresh memory has to be filled with zeros. Measured on
-    models of 25 and 135 M weights: 1.10 GiB instead of 1.84 at the highest, and 3.03 instead of 4.53; a third and
-    6 % more processor time.
+    By default it keeps freed blocks of up to 32 MB. With activation checkpointing these become fragmented, and
+    checkpointing would save no memory. The cost is time: the system fills new memory with zeros. Measured on models of
+    25 and 135 M parameters: the peak falls from 1.84 to 1.10 GiB and from 4.53 to 3.03 GiB, for a third and 6 % more
+    CPU time.
     """
-    with suppress(OSError, AttributeError, TypeError):  # no glibc: another allocator, which may do so anyway
+    with suppress(OSError, AttributeError, TypeError):  # not glibc: other allocators have no mallopt
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def threads_for(model: nn.Module) -> int:
-    """One thread for a small model, else one for each core.
+    """Return the number of threads to use: 1 for a small model, else one per core.
 
-    The matrices of the pocket model are too small to share: two threads gain nothing on two idle cores, and
-    where another program wants a core too, one waits for the other (measured: 15 times slower).
+    The matrices of the pocket model are too small to be split between threads: two threads are no faster on two idle
+    cores, and 15 times slower (measured) where another program uses one of them.
     """
     return 1 if sum(p.numel() for p in model.parameters()) < SMALL_MODEL else available_cores()
 
 
 def available_cores() -> int:
-    """The cores that this process really has: its CPU set, the quota of its container, its share beside others.
+    """Return the number of cores for this process, from its CPU affinity, cgroup quota and LOCAL_WORLD_SIZE.
 
-    A container with half a core sees all of the machine's; two threads on one busy core are many times
-    slower than one.
+    Inside a container, os.cpu_count() reports all cores of the machine, even with a quota of half a core. Two threads
+    on one busy core are many times slower than one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of one run, as launchers say
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate launch
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups, version 2 and 1
         try:
             quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
             if int(quota) > 0:
-                return max(1, min(cores, int(quota) // int(period)) // beside)
-        except (OSError, ValueError):  # not this version, or no quota ("max", -1)
+                return max(1, min(cores, int(quota) // int(period)) // local_processes)
+        except (OSError, ValueError):  # another cgroup version, or no quota ("max", -1)
             continue
-    return max(1, cores // beside)
+    return max(1, cores // local_processes)
 
 
 def container_memory() -> tuple[int, int] | None:
-    """Bytes that the container may use, and uses, without what files fill for the time being; None without a limit."""
+    """Return the memory limit and the use of the container in bytes, without page cache; None without a limit."""
     for folder, name in ((CGROUP, "memory.max"), (CGROUP / "memory", "memory.limit_in_bytes")):  # versions 2 and 1
         limit = text_of(folder / name).strip()
         if limit.isdecimal() and int(limit) < psutil.virtual_memory().total:
@@ -64,7 +64,7 @@ def container_memory() -> tuple[int, int] | None:
 
 
 def text_of(path: Path) -> str:
-    """What a file of the system says; nothing where there is none."""
+    """Return the contents of a file, or "" if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -72,7 +72,7 @@ def text_of(path: Path) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a run could still take on the device (cuda, mps, or cpu: of the machine and its container)."""
+    """Return the free bytes on "cuda", "mps" or "cpu"; for "cpu", within the limit of the container."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if device == "mps":

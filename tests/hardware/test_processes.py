@@ -144,7 +144,7 @@ def test_data_that_is_shuffled_without_a_seed_is_refused(differing):
     found, _ = differing
     assert len(found["data"]) == 2
     for words in found["data"]:
-        assert "the processes of this run have different training data. Is it drawn or shuffled without a seed" in words
+        assert "the processes of this run have different training data" in words
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_the_model_that_is_sharded_can_be_its_own_judge(differing, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_waits_for_one_that_is_slow_much_longer_than_ten_minutes(differing):
-    assert differing[0]["patience"] == [6 * 3600] * 2
+    assert differing[0]["collective timeout"] == [6 * 3600] * 2
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     assert done.returncode != 0
     assert "process 1: the reward function 'f' on " in done.stderr
     assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
-    assert "grpo_lab/training/trainer.py" not in done.stderr  # no traceback but the launcher's
+    assert "training/trainer.py" not in done.stderr  # only the launcher prints a traceback
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
