@@ -92,7 +92,7 @@ def _test(mutant: Mutant | None, tests: list[str], results) -> None:
     watcher, printed = Watcher(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(printed), redirect_stderr(printed):
         options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", f"{folder}/pytest"]
-        options += ["-Wdefault", "-Werror::UserWarning:grpo_lab.training.trainer"]
+        options += ["--import-mode=importlib", "-Wdefault", "-Werror::UserWarning:grpo_lab.training.trainer"]
         status = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[watcher])
     passed = status == pytest.ExitCode.OK
     results.send(("passed" if passed else watcher.outcome or "broken", watcher.said or printed.getvalue()[-2000:]))

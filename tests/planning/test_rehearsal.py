@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_architecture, tiny_model
-from test_planning import CONFIG, planned
+from planning.test_planning import CONFIG, planned
 from torch import nn
 
 from grpo_lab.planning import phases, rehearsal

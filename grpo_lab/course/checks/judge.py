@@ -1,4 +1,4 @@
-"""A judge: it asks a learner's function small questions and says what is wrong; checks.py has the questions."""
+"""The engine of a judge: it asks a learner's function small questions and says what is wrong with it."""
 
 import html
 import inspect
