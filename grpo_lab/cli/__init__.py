@@ -1,4 +1,4 @@
-"""The command line, `grpo-lab`: one module per command.
+"""The command line, `grpo-lab`: one module per command, each with its flags (`add_parser`) and what it does (`run`).
 
-Nothing imports this room.
+No other room imports this one.
 """

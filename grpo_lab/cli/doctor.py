@@ -4,6 +4,7 @@ Each function looks at one thing and changes nothing; the network is asked only 
 Imports wait until they are needed, because one of them may be what is broken.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -41,6 +42,32 @@ class Row(NamedTuple):
     def state(self) -> str:
         """ok; note: it works, but with less or more slowly; problem: a run would stop."""
         return "problem" if self.stops else "note" if self.cure else "ok"
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    """Add the command and its flags."""
+    from grpo_lab.training.config import GRPOConfig
+
+    parser = commands.add_parser(
+        "doctor",
+        help="look for what would stop or slow a run on this machine",
+        description="Look for what would stop or slow a run on this machine: packages, device, memory, threads, disk, "
+        "Hub, widgets, and whether the pocket model works. Exit status 1 if a run would stop.",
+    )
+    folder = GRPOConfig.output_dir
+    parser.add_argument("--output-dir", default=folder, help=f"the folder a run would write to (default: {folder})")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a row for each check, with the cure below it if it needs one; return 1 if something would stop a run."""
+    problems = []
+    for row in examine(Path(options.output_dir)):
+        cure = f"\n{'':22} → {row.cure}" if row.cure else ""
+        print(f"{row.state:8} {row.name:13} {row.words}{cure}", flush=True)
+        problems += [row.name] if row.stops else []
+    print(f"\nA run would stop: {', '.join(problems)}." if problems else "\nNothing here stops a run.")
+    return 1 if problems else 0
 
 
 def examine(output_dir: Path) -> Iterator[Row]:

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from grpo_lab.cli import main as cli
+from grpo_lab.cli.parser import config_from
 from grpo_lab.training.config import PRESETS, GRPOConfig
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def prompts(tmp_path):
 
 
 def parse(*arguments):
-    return cli.make_config(cli.make_parser().parse_args(["train", *arguments]))
+    return config_from(cli.make_parser().parse_args(["train", *arguments]))
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -379,8 +380,8 @@ def test_plot_draws_what_it_is_asked_for_where_it_is_asked_to(plot):
         (["b", "--output", "."], "--output must end in .png, .svg or .pdf, got '.'."),
         (["b", "--output", "picture.txt"], "--output must end in .png, .svg or .pdf, got 'picture.txt'."),
         (["b", "--output", ""], "--output is empty"),
-        ([""], "the name of a run is empty"),
-        (["b", "--metrics", ""], "no run has the metric ''"),
+        ([""], "RUN is empty"),
+        (["b", "--metrics", ""], "--metrics is empty"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

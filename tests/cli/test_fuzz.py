@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.cli import main as cli
+from grpo_lab.cli import train
 from grpo_lab.rewards.verifiable import BUILT_IN, evaluate_expression, final_number, matches_format
 from grpo_lab.rollout.prompts import check_prompt
 from grpo_lab.tasks.files import load_prompts
@@ -163,7 +164,7 @@ def command_line(arguments, capsys) -> tuple[int, str]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arguments", CLI, ids=lambda a: ascii(" ".join(a[1:]))[1:40])
 def test_a_bad_command_line_gets_one_sentence_and_status_2(here, capsys, monkeypatch, arguments):
-    monkeypatch.setattr(cli, "_show", lambda *_: None)
+    monkeypatch.setattr(train, "_show", lambda *_: None)
     with at_once():
         status, complaint = command_line(arguments, capsys)
     last = [line for line in complaint.splitlines() if line.startswith("grpo-lab")][-1]
@@ -190,7 +191,7 @@ def test_any_flags_are_taken_or_refused(capsys, monkeypatch, pairs):
         raise _AcceptedError
 
     with monkeypatch.context() as patch, at_once():
-        patch.setattr(cli, "make_trainer", stop)  # nothing is trained
+        patch.setattr(train, "make_trainer", stop)  # nothing is trained
         patch.setattr(output_dir, "refuse_results", lambda *_: None)
         status, complaint = command_line(["train", *(word for pair in pairs for word in pair)], capsys)
     assert status == 2 or (status, "_AcceptedError" in complaint) == (1, True), complaint

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.cli import main as cli
+from grpo_lab.cli.parser import config_from
 from grpo_lab.tasks.registry import TASKS
 from grpo_lab.training.config import PRESETS
 
@@ -158,7 +159,7 @@ def test_every_flag_reaches_its_setting(flag):
     if flag == "--model-name":
         assert options.model_name == value
         return
-    config, _ = cli.make_config(options)
+    config, _ = config_from(options)
     name = {"--num-generations": "num_generations_per_prompt"}.get(flag, flag[2:].replace("-", "_"))
     assert getattr(config, name) == (True if value is None else value)
 

@@ -11,6 +11,9 @@ from transformers import AutoTokenizer
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.cli import main as cli
+from grpo_lab.cli import parser
+from grpo_lab.cli import train as train_command
+from grpo_lab.cli.loading import choose_model, load_data
 from grpo_lab.rewards.verifiable import countdown, final_number, marked_answer, numeric_answer
 from grpo_lab.rollout import prompts
 from grpo_lab.tasks import gym
@@ -89,6 +92,10 @@ def train(chat_model, tmp_path, capsys):
 
 def parse(*arguments):
     return cli.make_parser().parse_args(["train", *arguments])
+
+
+def data(options, task, rewards, seed):
+    return load_data(task, rewards, seed, **{name: getattr(options, name) for name in train_command.DATA_FLAGS})
 
 
 def lines_of(file):
@@ -213,23 +220,23 @@ def test_the_task_in_python_is_four_names(hub, chat_model, tmp_path):
 )
 def test_what_a_command_trains(arguments, task, model, settings):
     options = parse(*arguments)
-    assert cli.choose_task(options) is (TASKS[task] if task else None)
-    assert cli.model_name(options) == model
-    assert cli.make_config(options)[0] == GRPOConfig.preset(settings)
+    assert parser.task_from(options) is (TASKS[task] if task else None)
+    assert choose_model(options.model_name, parser.task_from(options)) == model
+    assert parser.config_from(options)[0] == GRPOConfig.preset(settings)
 
 
 def test_a_variant_is_laid_over_a_task_and_flags_over_both():
-    config, source = cli.make_config(parse("--task", "gsm8k", "--preset", "dr_grpo", "--kl-coef", "0.5"))
+    config, source = parser.config_from(parse("--task", "gsm8k", "--preset", "dr_grpo", "--kl-coef", "0.5"))
     assert config == GRPOConfig(**PRESETS["gsm8k"] | PRESETS["dr_grpo"] | {"kl_coef": 0.5})
     assert source == "preset gsm8k + preset dr_grpo; changed: kl_coef=0.5"
 
 
 def test_the_weights_of_a_task_are_for_its_own_rewards():
     assert len(PRESETS["gsm8k"]["reward_weights"]) == len(TASKS["gsm8k"].rewards)
-    assert cli.make_config(parse("--preset", "gsm8k", "--reward", "exact_answer"))[0].reward_weights is None
-    assert cli.make_config(parse("--task", "pocket", "--preset", "gsm8k"))[0].reward_weights is None
+    assert parser.config_from(parse("--preset", "gsm8k", "--reward", "exact_answer"))[0].reward_weights is None
+    assert parser.config_from(parse("--task", "pocket", "--preset", "gsm8k"))[0].reward_weights is None
     given = parse("--preset", "gsm8k", "--reward", "exact_answer", "--reward-weights", "3")
-    assert cli.make_config(given)[0].reward_weights == (3.0,)
+    assert parser.config_from(given)[0].reward_weights == (3.0,)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -263,7 +270,7 @@ def test_any_file_with_prompts_and_answers_is_three_flags(train, tmp_path):
     row = lines_of(tmp_path / "out/completions.jsonl")[0]
     assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
     options = Namespace(**vars(parse(*arguments)) | {"eval_dataset": None})
-    read, _ = cli._data(options, None, [numeric_answer], 0)
+    read, _ = data(options, None, [numeric_answer], 0)
     assert list(read["answer"]) == [2, 4]
 
 
@@ -284,7 +291,7 @@ def test_a_system_prompt_takes_the_place_of_the_one_that_is_there(hub):
 
 def test_the_evaluation_of_a_hub_dataset_takes_its_test_split(hub):
     options = parse("--task", "gsm8k", "--dataset", "a/b", "--eval-dataset", "c/d:e")
-    training, held_out = cli._data(options, TASKS["gsm8k"], [numeric_answer], 0)
+    training, held_out = data(options, TASKS["gsm8k"], [numeric_answer], 0)
     assert [(w["path"], w["name"], w["split"]) for w in hub] == [("a/b", None, "train"), ("c/d", "e", "test")]
     assert (len(training), len(held_out)) == (12, 15)
     assert training[0]["prompt"][0]["content"] == MARK_THE_ANSWER
@@ -292,7 +299,7 @@ def test_the_evaluation_of_a_hub_dataset_takes_its_test_split(hub):
 
 def test_a_task_evaluates_on_as_many_as_it_says_unless_a_flag_says_how_many(hub, monkeypatch):
     def sizes(*arguments):
-        return [len(rows) for rows in cli._data(parse(*arguments), TASKS["gsm8k"], [numeric_answer], 0)]
+        return [len(rows) for rows in data(parse(*arguments), TASKS["gsm8k"], [numeric_answer], 0)]
 
     assert sizes("--max-train-samples", "5") == [5, 15]
     monkeypatch.setitem(TASKS, "gsm8k", replace(TASKS["gsm8k"], max_eval_samples=4))
