@@ -1,4 +1,4 @@
-"""How far has the policy drifted from the reference? Exactly, and estimated from sampled tokens.
+"""KL divergence of the policy from the reference: exact, and estimated from sampled tokens.
 
 For tokens x drawn from the policy pi, with d = log pi(x) - log ref(x):
 
@@ -20,7 +20,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: Estimator = "k3") -> Tensor:
-    """What does one sampled token say about KL(pi || ref)?
+    """Return an estimate of KL(pi || ref) from each sampled token.
 
         k1 = log pi - log ref
         k2 = (log pi - log ref)^2 / 2
@@ -28,7 +28,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimat
 
     Args:
         logprobs: [B, T] log pi of the sampled tokens, in nats; the gradient flows through these.
-        ref_logprobs: [B, T] the same tokens under the reference; detached here.
+        ref_logprobs: [B, T] log ref of the same tokens; detached here.
         mask: [B, T] True where a token was sampled, the end token included.
         estimator: see the table at the top of this module.
     Returns: [B, T] in nats, zero where the mask is False.
@@ -43,7 +43,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimat
             "logprobs, ref_logprobs and mask must share one shape [B, T], "
             f"got {list(logprobs.shape)}, {list(ref_logprobs.shape)} and {list(mask.shape)}."
         )
-    # mask first: exp of the padding's -inf would give a NaN gradient even where it is masked later
+    # mask first: at padding, exp of an infinite ratio would give a NaN gradient even if its value is masked later
     log_ratio = (ref_logprobs.detach() - logprobs).where(mask, 0.0)
     if estimator == "k1":
         return -log_ratio
@@ -55,7 +55,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimat
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """How far apart are two next-token distributions, with no sampling at all?
+    """Return the exact KL divergence between two next-token distributions.
 
         KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))
 

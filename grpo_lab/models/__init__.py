@@ -1,4 +1,4 @@
-"""What is done to a Hugging Face model: forward passes, LoRA adapters, precision, loading.
+"""Operations on Hugging Face models: forward passes, LoRA adapters, precision, loading.
 
-Nothing here samples, scores rewards or trains.
+Nothing here samples, computes rewards or trains.
 """

@@ -1,7 +1,7 @@
-"""One pass of the model over prompts and completions: what its last layer says before each completion token.
+"""One forward pass over prompts and completions: the hidden states that predict each completion token.
 
-Completions of the same prompt share one pass over it, and the head, whose logits are what takes the memory, is
-left to the caller. Neither changes a number beyond rounding.
+Each distinct prompt is computed once for all of its completions, and the head is left to the caller, because the
+logits take the most memory. Both change the results only by rounding.
 """
 
 import copy
@@ -17,19 +17,20 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Head = Callable[[Tensor], Tensor]
-# transformers 5.24 renamed `past_key_values` to `cache`, and warns where it meets the older name
+# transformers 5.24 renamed `past_key_values` to `cache` and warns about the older name
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that copy, so that a gradient flows through them
+DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # they concatenate and write nothing in place
 
 
 def completion_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, *, dedup: bool = True
 ) -> tuple[Tensor, Head]:
-    """The states from which each completion token is predicted, and the head that turns them into logits.
+    """Return the hidden states that predict each completion token, and the head that turns them into logits.
 
-    Args: as `completion_logprobs`.
-    Returns: [B, T, H] and a function [..., H] -> [..., V]; position t predicts completion token t. Where a model
-        does not let its head be told apart, the states are the logits and the head is the identity.
+    Args: see `completion_logprobs`.
+    Returns: [B, T, H] and a function [..., H] -> [..., V]; position t predicts completion token t. If the model's
+        head cannot be called separately, the states are the logits and the head is the identity.
+    Raises: ValueError if there is no prompt.
     """
     width = input_ids.shape[1] - num_tokens
     if not 0 < width < input_ids.shape[1]:
@@ -38,32 +39,32 @@ def completion_states(
         )
     body, head = _body_and_head(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **position_ids(model, attention_mask)}
-    # The shift by one, here and nowhere else: the token at column s is predicted at column s - 1, so the first is
-    # predicted by the end of the prompt, and what the last column predicts was never sampled.
+    # The shift by one is here and nowhere else: column s - 1 predicts the token at column s. The last column of the
+    # prompt predicts the first completion token, and the last column of all predicts nothing that was sampled.
     inputs = {name: columns[:, :-1] for name, columns in inputs.items()}
-    states = _after_shared_prompts(body, inputs, width) if dedup and not _recomputes(model) else None
+    states = _states_with_shared_prompts(body, inputs, width) if dedup and not _is_checkpointing(model) else None
     if states is None:
         states = body(**inputs, use_cache=False, keep=num_tokens).states
     return states[:, -num_tokens:], head
 
 
 def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
-    """[B, T, V] logits, position t predicting completion token t: all at once, for a closer look at a small model."""
+    """Return [B, T, V] logits, position t predicting completion token t. All at once: for small models only."""
     states, head = completion_states(model, input_ids, attention_mask, num_tokens)
     return head(states)
 
 
 def first_of_each(*columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are the same?
+    """Return which rows are equal.
 
     Args:
-        columns: integers [B, ...]; two rows are the same if they are in all of them.
-    Returns: [B] the number of each row among those that differ, and [D] where the first of each stands.
+        columns: integer tensors [B, ...]; two rows are equal if they are equal in all of these.
+    Returns: [B] the index of each row among the D distinct rows, and [D] where each distinct row first occurs.
 
     >>> first_of_each(torch.tensor([[7, 7], [1, 2], [7, 7]]))
     (tensor([1, 0, 1]), tensor([1, 0]))
     """
-    # on the CPU, where every device can: whoever asks waits for the answer in any case
+    # on the CPU, since some devices lack these operations; callers wait for the result in any case
     rows = torch.cat([column.flatten(1).long() for column in columns], 1).cpu()
     _, number = rows.unique(dim=0, return_inverse=True)
     places = torch.arange(len(rows))
@@ -72,10 +73,10 @@ def first_of_each(*columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_ids(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Positions that start at the first real token, as a keyword for the model, if it takes one.
+    """Return position ids that start at the first real token, as a keyword argument, if the model takes one.
 
-    Without them a left-padded prompt would start at the position of its padding, and a model with
-    learned positions (GPT-2) would read another prompt.
+    Without them, positions would also count the padding on the left, and a model with learned positions (GPT-2)
+    would give other logits.
     """
     if not accepts(model, "position_ids"):
         return {}  # the model derives them from the mask, or has none (BLOOM)
@@ -83,23 +84,23 @@ def position_ids(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Does the model underneath its wrappers take this keyword?"""
-    return argument in inspect.signature(_underneath(model).forward).parameters
+    """Return whether the model inside its wrappers takes this argument."""
+    return argument in inspect.signature(_unwrapped(model).forward).parameters
 
 
 def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:
-    """Return the KV cache as a keyword argument for the model; the code of a Hub model may know only the older name."""
+    """Return the KV cache as a keyword argument; models with code from the Hub may know only the older name."""
     return {"past_key_values" if accepts(model, "past_key_values") else CACHE: cache}
 
 
 def cache_of(output: object) -> object | None:
-    """Return the KV cache in a model's output, None if there is none."""
+    """Return the KV cache in a model's output; None if there is none."""
     return getattr(output, CACHE, None)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while: dropout is neither for sampling nor for judging."""
+    """Put the model in eval mode within the block: sampling and evaluation need dropout off."""
     was_training = model.training
     model.eval()
     try:
@@ -113,17 +114,16 @@ class _Output(NamedTuple):
     cache: object
 
 
-def _after_shared_prompts(body, inputs: dict[str, Tensor], width: int) -> Tensor | None:
-    # Each prompt is read once, and its keys and values stand beside all of its completions. Where completions are
-    # short, prompts are most of the work. None if all prompts differ, or if there is no cache through which a gradient
-    # flows: in recurrent models, and where activations are recomputed in backward.
+def _states_with_shared_prompts(body, inputs: dict[str, Tensor], width: int) -> Tensor | None:
+    # Compute each distinct prompt once and repeat its KV cache for its completions: with short completions, prompts
+    # are most of the work. None if all prompts differ, or if gradients do not flow through the model's cache.
     ids = inputs["input_ids"]
     prompt_of, first = first_of_each(ids[:, :width], inputs["attention_mask"][:, :width])
     if len(first) == len(ids):
         return None
     prompts = body(**{name: x[first, :width] for name, x in inputs.items()}, use_cache=True, keep=1)
     cache = prompts.cache
-    if not isinstance(cache, DynamicCache) or not all(type(layer) in GROWING for layer in cache.layers):
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in DIFFERENTIABLE for layer in cache.layers):
         return None
     states = prompts.states[:, -1:].index_select(0, prompt_of)
     if ids.shape[1] == width:
@@ -153,8 +153,8 @@ _separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
-    # Some models do more than body and head (Gemma 2 caps its logits, Cohere scales them), so each is asked once.
-    inner = _underneath(model)
+    # Some models do more than body and head (Gemma 2 caps its logits, Cohere scales them), so each is checked once.
+    inner = _unwrapped(model)
     body = getattr(inner, getattr(inner, "base_model_prefix", ""), None)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if body is None or not hasattr(head, "out_features"):
@@ -165,25 +165,20 @@ def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
         with torch.no_grad(), evaluating(model):
             try:
                 _separable[model] = torch.equal(head(body(**probe).last_hidden_state), model(**probe).logits)
-            except (
-                AttributeError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-            ):  # its body wants other inputs, or gives others
+            except (AttributeError, TypeError, ValueError, RuntimeError):  # the body has other inputs or outputs
                 _separable[model] = False
     return (body, head) if _separable[model] else (None, nn.Identity())
 
 
 def built_like(other: nn.Module, model: nn.Module) -> nn.Module:
-    """The other, a copy of the model: what has been found out about the model's head holds of it too."""
+    """Return `other`, a copy of the model, after giving it the cached check of the model's body and head."""
     if model in _separable:
         _separable[other] = _separable[model]
     return other
 
 
 def rebuilt(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the model with what `change` makes of its weights and buffers; what they share stays shared."""
+    """Return a copy of the model whose weights and buffers went through `change`; shared tensors stay shared."""
     memo: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         new = change(tensor.detach())
@@ -191,11 +186,12 @@ def rebuilt(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return built_like(copy.deepcopy(model, memo), model)
 
 
-def _recomputes(model: nn.Module) -> bool:
+def _is_checkpointing(model: nn.Module) -> bool:
+    # transformers then turns the KV cache off
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _underneath(model: nn.Module) -> nn.Module:
-    # DDP and PEFT wrap
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # DDP keeps the model as .module, PEFT as its base model
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """No bars from transformers for a while: they would tear the training bar apart."""
+    """Turn off the progress bars of transformers within the block: they would break up the training bar."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

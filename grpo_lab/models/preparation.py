@@ -7,23 +7,23 @@ from grpo_lab.hardware.system import return_freed_memory
 
 
 def trainable_in_float32(model: nn.Module) -> None:
-    """Turn trained weights in half precision into float32: at usual learning rates an update would be rounded away."""
+    """Cast trainable half-precision weights to float32: at usual learning rates their updates would be rounded away."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 
 
 def match_precision(model: nn.Module, other: nn.Module) -> None:
-    """Give the model's weights the precision that the same weights have in the other; buffers stay as they are."""
+    """Cast the model's weights to the dtypes of the weights of the same name in `other`; buffers stay as they are."""
     wanted = {name: parameter.dtype for name, parameter in other.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(wanted.get(name, parameter.dtype))
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: nn.Dropout, and the plain numbers that attention layers keep for functional calls.
+    """Set every dropout rate to 0: in nn.Dropout modules and in the attributes that attention layers use.
 
-    eval() would do it too, but would also turn off gradient checkpointing.
+    eval() would also turn off dropout, but gradient checkpointing with it.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -34,9 +34,9 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Keep only each layer's input for the backward pass, and compute the rest once more there (in train mode)."""
+    """Turn on gradient checkpointing: keep each layer's input and recompute the rest in backward (in train mode)."""
     if next(model.parameters()).device.type == "cpu":
         return_freed_memory()
-    # transformers renamed it in 5.2x; older versions know the second name only
+    # transformers renamed this method in 5.2x; older versions have only the second name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

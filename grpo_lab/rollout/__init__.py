@@ -1,4 +1,4 @@
-"""Prompts in, completions and their log-probabilities out: encoding, sampling, scoring, vLLM.
+"""From prompts to completions and their log-probabilities: encoding, sampling, scoring, vLLM.
 
-Nothing here knows rewards, advantages or the settings of a run.
+Nothing here depends on rewards, advantages or the settings of a run.
 """

@@ -1,7 +1,7 @@
-"""From one token to the next: with a cache that grows, or, on CUDA, by replaying one captured step.
+"""Decode token by token: with a KV cache that grows, or, on CUDA, by replaying one captured step.
 
-Both have `.logits` [places, V], what is said of the next token, and `.row_index`, where each row that is still being
-written finds its own; `step` goes on by one token.
+Both decoders have `.logits` [D, V] of the next token, and `.row_index` [rows], the index into them of each unfinished
+row; `step` decodes one token.
 """
 
 import warnings
@@ -13,13 +13,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticCache,
 
 from grpo_lab.models.forward import accepts, cache_argument, cache_of, position_ids
 
-WORTH_IT = 32  # tokens; capturing takes three steps and a moment (assumed, not measured yet)
+MIN_TOKENS = 32  # to capture a step, which takes three more steps (assumed, not measured yet)
 
 
 class DynamicCacheDecoder:
-    """Rows that are equal so far share a place: the K rows of a prompt at first, and longer where answers are few.
+    """Decode with a KV cache that grows; rows that are equal so far are computed once.
 
-    Of the pocket model's 256 rows 141 are different at the start of its training, 40 after twenty steps.
+    These are the K rows of a prompt at first, and later the rows with the same answer. Of the pocket model's 256 rows,
+    141 are distinct at the start of training, 40 after twenty steps.
     """
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_generations: int):
@@ -28,7 +29,7 @@ class DynamicCacheDecoder:
         positions = position_ids(model, attention_mask)
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions, **self.last)
         self.cache = cache_of(output)
-        # Mamba would multiply one token's state by the mask of all tokens: broadcast, it is read many times over.
+        # Mamba would multiply one token's state by the mask of all tokens; broadcasting would repeat that token.
         if not any(isinstance(layer, CacheLayerMixin) for layer in getattr(self.cache, "layers", ())):
             raise ValueError(f"{type(model).__name__} keeps no KV cache, so it cannot be sampled from. "
                              "Use a model with attention layers.")  # fmt: skip
@@ -36,17 +37,17 @@ class DynamicCacheDecoder:
         self.row_index = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(num_generations)
 
     def step(self, going: Tensor, chosen: Tensor) -> None:
-        """Read the chosen tokens of the rows that go on.
+        """Decode the next token of the rows that go on.
 
         Args:
-            going: [rows] bool, over the rows of `row_index`; those that do not go on are dropped.
-            chosen: [rows] ids.
+            going: [rows] bool, in the order of `row_index`; finished rows are dropped.
+            chosen: [rows] the ids that were sampled.
         """
         vocabulary = self.logits.shape[1]
         extended, self.row_index = torch.unique(self.row_index[going] * vocabulary + chosen[going], return_inverse=True)
         parents, ids = extended // vocabulary, extended % vocabulary
         if not torch.equal(parents, torch.arange(len(self.mask), device=parents.device)):
-            self.cache.reorder_cache(parents)  # known, unlike other methods, to recurrent and hybrid caches too
+            self.cache.reorder_cache(parents)  # a method that hybrid caches support too
             self.mask = self.mask[parents]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         positions = {name: p[:, -1:] for name, p in position_ids(self.model, self.mask).items()}
@@ -57,29 +58,29 @@ class DynamicCacheDecoder:
         self.logits = output.logits[:, -1]
 
 
-class _Fixed(StaticLayer):
-    """Keys and values as attention reads them: under autocast in half precision, also those that come in float32."""
+class _CastingLayer(StaticLayer):
+    """A static layer that casts to its dtype: under autocast, some models compute keys or values in float32."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype), *args, **kwargs)
 
 
 class CudaGraphDecoder:
-    """Every row has its place in a cache of fixed size, and the step is a CUDA graph that is replayed.
+    """Decode all rows with a static KV cache by replaying one step, captured as a CUDA graph.
 
-    A decode step of a small model is hundreds of kernels of microseconds each, and launching them one by one takes
-    longer than they do. It lasts for one rollout: what it holds is free for the update, and under autocast it reads
-    the weights in half precision that the prompts were read with, instead of casting them anew for each token.
-    On other devices the step is run as it is, which is how it is tested. Not measured yet.
+    A decode step of a small model launches hundreds of kernels that run for microseconds each, and launching them one
+    by one takes longer than running them. The graph lasts for one rollout: its memory is free for the update, and under
+    autocast it reads the half-precision weights that were cast for the prompts, instead of casting them for each token.
+    On other devices the step runs without a graph, which is how it is tested. Not measured yet.
 
     Args:
-        rows, columns: how many completions, and how many tokens of prompt and completion at most.
-    Raises: ValueError if a layer of the model keeps something else than keys and values of all tokens.
+        rows, columns: the number of completions, and the maximum number of tokens of prompt and completion.
+    Raises: ValueError if the model does not take our mask and positions, or caches more than keys and values.
     """
 
     def __init__(self, model: nn.Module, rows: int, columns: int, device: torch.device):
         if model.config._attn_implementation != "sdpa" or not accepts(model, "position_ids"):
-            raise ValueError("it takes no mask or no positions of our making")
+            raise ValueError("it does not take our attention mask or position ids")
         self.model, self.cache = model, StaticCache(model.config, max_cache_len=columns)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
@@ -87,17 +88,17 @@ class CudaGraphDecoder:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, grown: DynamicCacheDecoder, num_generations: int) -> None:
-        """Take over from prompts that have been read."""
+        """Copy the KV cache of the prompts, each repeated for its completions, and capture the step."""
         width = self.column = grown.mask.shape[1]
         device = self.ids.device
         half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         for i, (fixed, layer) in enumerate(zip(self.cache.layers, grown.cache.layers, strict=True)):
             if type(fixed) is not StaticLayer or type(layer) is not DynamicLayer:
-                raise ValueError("it has layers that keep something else than keys and values of all tokens")
+                raise ValueError("it has layers that cache something other than the keys and values of all tokens")
             keys, values = (
                 x.repeat_interleave(num_generations, 0).to(half or x.dtype) for x in (layer.keys, layer.values)
             )
-            self.cache.layers[i] = fixed = _Fixed(fixed.max_cache_len)
+            self.cache.layers[i] = fixed = _CastingLayer(fixed.max_cache_len)
             fixed.lazy_initialization(keys, values)
             fixed.keys[:, :, :width], fixed.values[:, :, :width] = keys, values
         mask = grown.mask.repeat_interleave(num_generations, 0)
@@ -109,7 +110,7 @@ class CudaGraphDecoder:
         self.logits = grown.logits.repeat_interleave(num_generations, 0)
 
     def step(self, going: Tensor, chosen: Tensor) -> None:
-        """As `DynamicCacheDecoder.advance`; rows that have ended are read on, and nobody looks."""
+        """See `DynamicCacheDecoder.step`. Finished rows are still decoded; their output is ignored."""
         self.row_index = self.row_index[going]
         self.ids[self.row_index, 0] = chosen[going]
         self.positions += 1
@@ -134,10 +135,10 @@ class CudaGraphDecoder:
         return output.logits[:, -1]
 
     def _capture(self) -> None:
-        # what these steps write into the next column is written over by the first real one
+        # what these steps write into the next column is overwritten by the first real step
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are chosen and memory is taken before the capture
+        with torch.cuda.stream(side):  # warm-up: kernels are chosen and memory is allocated before the capture
             for _ in range(2):
                 self._set_column()
                 self._step()
@@ -155,10 +156,10 @@ _refused: WeakSet[nn.Module] = WeakSet()
 def decoder(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_generations: int, longest: int
 ) -> DynamicCacheDecoder | CudaGraphDecoder:
-    """The prompts, read; on CUDA ready to replay a captured step, unless the model refuses, which is said once.
+    """Compute the prompts and return a decoder: on CUDA with a captured step, if the model allows it (else warn once).
 
     Args:
-        longest: tokens of a completion at most.
+        longest: the maximum number of tokens of a completion.
     """
     grown = DynamicCacheDecoder(model, input_ids, attention_mask, num_generations)
     if not can_capture(input_ids.device, longest) or model in _refused:
@@ -170,12 +171,12 @@ def decoder(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         _refused.add(model)
-        warnings.warn(f"sampling goes on token by token, without a CUDA graph of {type(model).__name__}: {error}.",
+        warnings.warn(f"{type(model).__name__} is sampled without a CUDA graph, which is slower: {error}.",
                       stacklevel=2)  # fmt: skip
         return grown
     return captured
 
 
 def can_capture(device: torch.device, longest: int) -> bool:
-    """CUDA graphs are for CUDA, and for more than some tokens. Elsewhere a cache of fixed size gains nothing."""
-    return device.type == "cuda" and longest >= WORTH_IT
+    """Return whether to capture: on CUDA, for enough tokens. Without a graph, a static cache gains nothing."""
+    return device.type == "cuda" and longest >= MIN_TOKENS

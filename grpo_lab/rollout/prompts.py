@@ -1,4 +1,4 @@
-"""Prompts: the dataset class, chat templates, and encoding."""
+"""Prompts: a dataset class, chat templates, and encoding."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ Row = dict[str, Any]
 
 
 class SimplePromptDataset:
-    """Prompts, and whatever else a reward function wants to know about them.
+    """Prompts, with columns for the reward functions.
 
     Args:
-        prompts: strings, or chats: lists of {"role": ..., "content": ...}.
-        **columns: one value per prompt each; handed to the reward functions by name.
-    Raises: ValueError if there is no prompt or a column has another length, TypeError for what is no prompt.
+        prompts: strings or chats; a chat is a list of {"role": ..., "content": ...}.
+        **columns: lists with one value per prompt, passed to the reward functions by name.
+    Raises: ValueError if there is no prompt or a column has another length; TypeError for an invalid prompt.
 
     >>> SimplePromptDataset(["2+2=", "3+3="], answer=["4", "6"])[1]
     {'prompt': '3+3=', 'answer': '6'}
@@ -29,7 +29,7 @@ class SimplePromptDataset:
                 raise TypeError(f"column {name!r} must be a list with one value per prompt, got one string.")
         self.columns = {"prompt": list(prompts), **{name: list(values) for name, values in columns.items()}}
         if "prompt" in columns:
-            raise ValueError('the column "prompt" is that of the prompts themselves: give the other one another name.')
+            raise ValueError('the column name "prompt" is reserved for the prompts. Rename the other column.')
         size = len(self.columns["prompt"])
         if size == 0:
             raise ValueError("the dataset is empty: at least one prompt is needed.")
@@ -46,13 +46,13 @@ class SimplePromptDataset:
         return {name: values[index] for name, values in self.columns.items()}
 
     def select(self, indices: Iterable[int]) -> "SimplePromptDataset":
-        """Some of the rows, as `datasets.Dataset.select`."""
+        """Return some of the rows, like `datasets.Dataset.select`."""
         rows = [self[i] for i in indices]
         return SimplePromptDataset(**{("prompts" if n == "prompt" else n): [r[n] for r in rows] for n in self.columns})
 
 
 def check_prompt(prompt: Any, index: int) -> None:
-    """Raises ValueError or TypeError if this is neither a text nor a chat."""
+    """Raise TypeError if this is neither a text nor a chat, ValueError if it is empty."""
     is_chat = (
         isinstance(prompt, list)
         and prompt
@@ -67,7 +67,7 @@ def check_prompt(prompt: Any, index: int) -> None:
 
 
 def checked_dataset(dataset, name: str):
-    """The dataset, if a trainer can use it; raises TypeError or ValueError, with the cure, if not."""
+    """Return the dataset if a trainer can use it; otherwise raise TypeError or ValueError with the cure."""
     if isinstance(dataset, str | dict) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         got = f"{type(dataset).__name__}: take one split of it" if isinstance(dataset, dict) else repr(dataset)
         raise TypeError(f"{name} must be a SimplePromptDataset or a datasets.Dataset, got {got}.")
@@ -76,7 +76,7 @@ def checked_dataset(dataset, name: str):
     if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
         found = ", ".join(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
         raise ValueError(f'{name} needs a column "prompt", found {found}. Plain strings? SimplePromptDataset(prompts).')
-    if not isinstance(dataset, SimplePromptDataset):  # that class has looked already
+    if not isinstance(dataset, SimplePromptDataset):  # that class has checked its prompts
         for index, prompt in enumerate(dataset["prompt"]):
             check_prompt(prompt, index)
     if taken := {"prompts", "completions"} & set(dataset[0]):
@@ -87,9 +87,9 @@ def checked_dataset(dataset, name: str):
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a text, or of a chat through the tokenizer's template with the assistant's turn opened.
+    """Return the token ids of a text, or of a chat in the tokenizer's template with a generation prompt.
 
-    Raises: ValueError if a chat meets a tokenizer without a chat template, or nothing is left of a prompt.
+    Raises: ValueError for a chat if the tokenizer has no chat template, or if there are no tokens.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -100,18 +100,18 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
                 "Use text prompts, or the tokenizer of an instruct model."
             )
         text = chat_text(tokenizer, prompt, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
     if not ids:
-        raise ValueError(f"the tokenizer leaves nothing of the prompt {str(prompt)[:60]!r}.")
+        raise ValueError(f"the tokenizer gives no tokens for the prompt {str(prompt)[:60]!r}.")
     return list(ids)
 
 
 def chat_text(tokenizer, chat: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    """A chat as the tokenizer's template writes it.
+    """Return a chat as text in the tokenizer's template.
 
-    Some templates refuse a system's turn (Gemma's), some leave it out without a word: then what it says begins the
-    user's turn.
-    Raises: ValueError if the template refuses the chat.
+    Some templates reject a system message (Gemma's), and some drop it silently: its text is then put at the start of
+    the user message.
+    Raises: ValueError if the template rejects the chat.
     """
     roles = [message["role"] for message in chat[:2]]
     system = chat[0]["content"].strip() if roles == ["system", "user"] else ""
@@ -122,20 +122,20 @@ def chat_text(tokenizer, chat: list[dict[str, str]], *, add_generation_prompt: b
     except TemplateError as error:
         if not system:
             raise ValueError(
-                f"the tokenizer's chat template refuses a prompt: {error}. Other roles, in turn?"
+                f"the tokenizer's chat template rejects a prompt: {error}. Change the roles of its messages."
             ) from None
     first = {**chat[1], "content": f"{system}\n\n{chat[1]['content']}"}
     return chat_text(tokenizer, [first, *chat[2:]], add_generation_prompt=add_generation_prompt)
 
 
 def longest_prompts(dataset, number: int = 8) -> list[Prompt]:
-    """The longest texts, which are nearly always the longest in tokens, found without encoding them all."""
+    """Return the longest prompts by characters: nearly always the longest in tokens, without encoding all of them."""
     prompts = [dataset[i]["prompt"] for i in range(len(dataset))]
     return sorted(prompts, key=lambda prompt: len(str(prompt)))[-number:]
 
 
 def as_chats(dataset, system_prompt: str) -> SimplePromptDataset:
-    """The same rows with prompts that are chats and begin with this system prompt, in place of one that is there.
+    """Return the rows with prompts as chats that begin with this system prompt; it replaces an existing one.
 
     >>> as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]
     [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '2+2='}]

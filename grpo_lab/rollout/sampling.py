@@ -1,7 +1,7 @@
-"""K completions for each prompt. Randomness arrives as an argument: same numbers, same completions.
+"""Sample K completions for each prompt. Random numbers are an argument: same numbers, same completions.
 
-One uniform number per token is drawn before anything is generated, so a completion depends on its own
-row of numbers alone: not on its neighbours, the size of the batch, or who finished first.
+One uniform number per token is drawn before sampling starts, so a completion depends only on its own row
+of numbers: not on other rows, the batch size, or the order in which rows finish.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from grpo_lab.rollout.decoding import decoder
 
 @dataclass
 class Rollouts:
-    """B = P * K sampled completions; the K rows of a prompt stand next to each other."""
+    """B = P * K sampled completions; the K rows of a prompt are adjacent."""
 
     input_ids: Tensor
     """[B, S] long, rows of [left-padded prompt | right-padded completion]."""
@@ -26,30 +26,29 @@ class Rollouts:
     completion_mask: Tensor
     """[B, T] bool, True where a token was sampled, the end token included."""
     logprobs: Tensor
-    """[B, T] float32, log-probability in nats with which each token was drawn; 0 at padding."""
+    """[B, T] float32, log-probability in nats of each token when it was drawn; 0 at padding."""
     kept: Tensor | None
-    """[B, T, k] long, the ids that could have been drawn, -1 for padding; None if all could."""
+    """[B, T, k] long, the ids that could have been drawn, -1 for padding; None if any id could."""
     ended: Tensor
     """[B] bool, False where the completion was cut off at the maximum length."""
 
     @property
     def num_tokens(self) -> int:
-        """T, the columns of the completion."""
+        """T, the number of completion columns."""
         return self.completion_mask.shape[1]
 
     @property
     def completion_ids(self) -> Tensor:
-        """[B, T]."""
+        """[B, T] long, the completion columns of `input_ids`."""
         return self.input_ids[:, -self.num_tokens :]
 
     @classmethod
     def join(cls, parts: Sequence["Rollouts"], pad_id: int) -> "Rollouts":
-        """The rows of all parts, one below the other, padded to the widest."""
+        """Concatenate the rows of all parts, padded to the widest prompt and completion."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.input_ids.shape[1] - part.num_tokens for part in parts)
         tokens = max(part.num_tokens for part in parts)
-
         most = max((part.kept.shape[2] for part in parts if part.kept is not None), default=0)
 
         def wide(part: "Rollouts") -> dict[str, Tensor | None]:
@@ -70,10 +69,10 @@ class Rollouts:
         return cls(**{k: None if v is None else torch.cat([row[k] for row in rows]) for k, v in rows[0].items()})
 
     def select(self, rows: Tensor) -> "Rollouts":
-        """Some of the rows, without the columns that are padding in all of them. rows: [b] long."""
+        """Return some rows, without the columns that are padding in all of them. rows: [b] long."""
         width = self.input_ids.shape[1] - self.num_tokens
         mask = self.attention_mask[rows]
-        left = int(mask.argmax(1).min())  # every prompt has a token
+        left = int(mask.argmax(1).min())  # every prompt has at least one token
         columns = slice(left, width + int(self.completion_mask[rows].sum(1).max()))
         tokens = slice(0, columns.stop - width)
         return Rollouts(
@@ -86,13 +85,13 @@ class Rollouts:
         )
 
     def to(self, device) -> "Rollouts":
-        """The same rollouts on another device."""
+        """Return the same rollouts on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Rollouts(**{name: v.to(device) if v is not None else None for name, v in values.items()})
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids of several lengths -> input_ids [P, N] and attention_mask [P, N], padded on the left.
+    """Return input_ids [P, N] and attention_mask [P, N] of prompts padded on the left.
 
     >>> left_pad([[5], [6, 7]], pad_id=0)
     (tensor([[0, 5],
@@ -106,11 +105,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def check_context(model: nn.Module, prompts: Sequence, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises ValueError, with the cure, for a prompt that the model does not know, or that leaves no room to complete.
+    """Raise ValueError, with the cure, for a prompt with unknown token ids or without room for a completion.
 
     Args:
-        prompts: as they are to be named.
-        ids: the token ids of each.
+        prompts: named in the error.
+        ids: the token ids of each prompt.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     known = model.get_input_embeddings().weight.shape[0]
@@ -129,21 +128,21 @@ def check_context(model: nn.Module, prompts: Sequence, ids: Sequence[Sequence[in
 
 
 def pad_token_id(tokenizer, model: nn.Module) -> int:
-    """An id to fill rows up with. What stands at padding is masked everywhere, so any id that the model has will do."""
-    known = model.get_input_embeddings().weight.shape[0]  # a token added to the tokenizer alone is not
+    """Return an id for padding. Padding is masked everywhere, so any id that the model has will do."""
+    known = model.get_input_embeddings().weight.shape[0]  # an id that was added only to the tokenizer has no embedding
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in candidates if i is not None and i < known)
 
 
 def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
-    """All ids that end a completion: the model's (chat models have several) and the tokenizer's."""
+    """Return all ids that end a completion: the model's (chat models have several) and the tokenizer's."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:
-    """Draw one token from each row by walking up the cumulative distribution until it passes the uniform number.
+    """Draw one token from each row: the first whose cumulative probability exceeds the uniform number.
 
     Args:
         logits: [B, V].
@@ -174,15 +173,15 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Rollouts:
-    """K completions for each prompt, each prompt being read only once.
+    """Sample K completions for each prompt; each prompt is computed once.
 
     Args:
-        model: a causal LM; put it in eval mode first, dropout is not for sampling.
+        model: a causal LM in eval mode, so that dropout is off.
         input_ids, attention_mask: [P, N] left-padded prompts.
         num_generations: K.
         uniforms: [P * K, T] numbers in [0, 1); T is the maximum length of a completion.
-        end_ids: a completion ends with the first of these, which belongs to it.
-        pad_id: fills up finished rows; may equal an end id.
+        end_ids: a completion ends with the first of these, which is part of it.
+        pad_id: pads finished rows; may equal an end id.
         temperature, top_k, top_p: see `truncate`. top_k=1 is greedy decoding.
     Returns: Rollouts, as wide as its longest completion, on the model's device.
     """
@@ -190,36 +189,10 @@ def sample(
     if uniforms.shape[0] != rows:
         raise ValueError(f"uniforms must be [P * K, T] = [{rows}, T], got {list(uniforms.shape)}")
     uniforms, ends = uniforms.to(device), torch.tensor(list(end_ids), device=device)
-    longest = uniforms.shape[1]
-    tokens = torch.full((rows, longest), pad_id, device=device)
-    logprobs = torch.zeros(rows, longest, device=device)
-    kept_steps: list[Tensor] = []
-    lengths = torch.full((rows,), longest, device=device)
-
-    active = torch.arange(rows, device=device)  # the rows still being written
-    decoder_state = decoder(model, input_ids, attention_mask, num_generations, longest)
-    for step in range(longest):
-        logits = decoder_state.logits[decoder_state.row_index]
-        kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        chosen = sample_token(logits, uniforms[active, step], temperature=temperature, kept=kept)
-        tokens[active, step] = chosen
-        one_step = None if kept is None else kept[:, None]
-        drawn = token_logprobs(logits[:, None], chosen[:, None], temperature=temperature, kept=one_step)
-        logprobs[active, step] = drawn.squeeze(1).float()  # a float64 model's too
-        if kept is not None:
-            # a finished row has one choice, the padding: its log-probability is then 0, not NaN
-            everyone = torch.full((rows, kept.shape[1]), -1, device=device)
-            everyone[:, 0] = pad_id
-            everyone[active] = kept
-            kept_steps.append(everyone)
-
-        finished = torch.isin(chosen, ends)
-        lengths[active[finished]] = step + 1
-        if finished.all() or step + 1 == longest:
-            break
-        decoder_state.step(~finished, chosen)
-        active = active[~finished]
-
+    tokens, logprobs, kept, lengths = _sample_tokens(
+        model, input_ids, attention_mask, num_generations, uniforms, ends, pad_id,
+        temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip
     width = int(lengths.max())
     columns = torch.arange(width, device=device)
     completion_mask = columns < lengths[:, None]
@@ -230,9 +203,55 @@ def sample(
         attention_mask=torch.cat([attention_mask.repeat_interleave(num_generations, 0), completion_mask.long()], 1),
         completion_mask=completion_mask,
         logprobs=logprobs[:, :width],
-        kept=_stack(kept_steps),
+        kept=kept,
         ended=ended,
     )
+
+
+def _sample_tokens(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_generations: int,
+    uniforms: Tensor,
+    ends: Tensor,
+    pad_id: int,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    # tokens [B, T], their log-probabilities [B, T], the kept ids [B, t, k], and lengths [B]; t is the greatest length
+    device, (rows, longest) = uniforms.device, uniforms.shape
+    tokens = torch.full((rows, longest), pad_id, device=device)
+    logprobs = torch.zeros(rows, longest, device=device)
+    kept_steps: list[Tensor] = []
+    lengths = torch.full((rows,), longest, device=device)
+
+    active = torch.arange(rows, device=device)  # the unfinished rows
+    decoder_state = decoder(model, input_ids, attention_mask, num_generations, longest)
+    for step in range(longest):
+        logits = decoder_state.logits[decoder_state.row_index]
+        kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        chosen = sample_token(logits, uniforms[active, step], temperature=temperature, kept=kept)
+        tokens[active, step] = chosen
+        one_step = None if kept is None else kept[:, None]
+        drawn = token_logprobs(logits[:, None], chosen[:, None], temperature=temperature, kept=one_step)
+        logprobs[active, step] = drawn.squeeze(1).float()  # also from a float64 model
+        if kept is not None:
+            # a finished row has one choice, the padding: its log-probability is then 0, not NaN
+            all_rows = torch.full((rows, kept.shape[1]), -1, device=device)
+            all_rows[:, 0] = pad_id
+            all_rows[active] = kept
+            kept_steps.append(all_rows)
+
+        finished = torch.isin(chosen, ends)
+        lengths[active[finished]] = step + 1
+        if finished.all() or step + 1 == longest:
+            break
+        decoder_state.step(~finished, chosen)
+        active = active[~finished]
+    return tokens, logprobs, _stack(kept_steps), lengths
 
 
 def _stack(kept_steps: list[Tensor]) -> Tensor | None:

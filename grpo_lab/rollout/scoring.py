@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a model. Policy, old policy and reference all go through here."""
+"""Log-probabilities of completions under a model: the policy, the old policy or the reference."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from torch.utils.checkpoint import checkpoint
 from grpo_lab.algorithm.logprobs import token_entropies, token_logprobs
 from grpo_lab.models.forward import Head, completion_states, first_of_each
 
-CHUNK_ELEMENTS = 2**24  # logits that exist at a time: 64 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits computed at a time: 64 MiB in float32
 
 
 class Scores(NamedTuple):
-    """What one forward pass says about completions."""
+    """Log-probabilities and entropies of completions, from one forward pass."""
 
     logprobs: Tensor
-    """[B, T] in nats, with gradient where the model has it."""
+    """[B, T] in nats, with gradient if gradients are enabled."""
     entropies: Tensor | None
-    """[B, T] in nats, without gradient; None if they were not wanted."""
+    """[B, T] in nats, without gradient; None if they were not requested."""
 
 
 def completion_logprobs(
@@ -31,16 +31,16 @@ def completion_logprobs(
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """How likely is each completion token under the model, given all that stands before it?
+    """Return the log-probability of each completion token under the model, given all tokens before it.
 
     Args:
-        model: a causal LM of Hugging Face's kind: called with input_ids and attention_mask, returns `.logits`.
+        model: a causal LM as in Transformers: called with input_ids and attention_mask, it returns `.logits`.
         input_ids: [B, S] rows of [left-padded prompt | right-padded completion].
         attention_mask: [B, S] 1 where a token is real.
-        num_tokens: T, how many of the last columns are the completion; at least one column stands before.
-        dedup: read a prompt once for all rows that begin with it, and rows that are the same once, where the model
-            can do that. Not where dropout is at work, which is to differ between rows.
-        temperature, kept: as the tokens were sampled, see `token_logprobs`.
+        num_tokens: T, the number of completion columns at the end; at least one column must precede them.
+        dedup: compute each distinct prompt and each distinct row only once, if the model allows it. Set it to False
+            while dropout is on, which must differ between rows.
+        temperature, kept: the ones used for sampling, see `token_logprobs`.
     Returns: [B, T] in nats; 0 at padding.
     Raises: ValueError if there is no prompt.
     """
@@ -59,20 +59,20 @@ def completion_scores(
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> Scores:
-    """`completion_logprobs`, and from the same logits how undecided the model was at each position."""
+    """Return what `completion_logprobs` does and, from the same logits, the entropy at each position."""
     return _scores(model, input_ids, attention_mask, num_tokens, dedup, temperature, kept, with_entropies=True)
 
 
 def _scores(model, input_ids, attention_mask, num_tokens, dedup, temperature, kept, *, with_entropies: bool) -> Scores:
-    # A model that has found its few answers gives many of the K completions twice: each is scored once.
+    # A model that has settled on a few answers repeats them among its K completions: each distinct row is scored once.
     number, first = first_of_each(input_ids, attention_mask, *([] if kept is None else [kept]))
     if not dedup or len(first) == len(input_ids):
         number = first = torch.arange(len(input_ids), device=input_ids.device)
     input_ids, attention_mask, kept = input_ids[first], attention_mask[first], None if kept is None else kept[first]
     states, head = completion_states(model, input_ids, attention_mask, num_tokens, dedup=dedup)
 
-    # Only real positions reach the head, some at a time, recomputed in backward: all logits, their copy in float32
-    # and another in backward are what runs out of memory with a large vocabulary.
+    # Only real positions go through the head, in chunks that are recomputed in backward: with a large vocabulary, all
+    # logits at once, with their float32 copy and their gradient, would run out of memory.
     real = attention_mask[:, -num_tokens:].bool()
     states, tokens, kept = states[real], input_ids[:, -num_tokens:][real], None if kept is None else kept[real]
     size = max(1, CHUNK_ELEMENTS // getattr(head, "out_features", states.shape[-1]))
@@ -89,7 +89,7 @@ def _scores(model, input_ids, attention_mask, num_tokens, dedup, temperature, ke
 
 def _score(head: Head, states: Tensor, tokens: Tensor, kept: Tensor | None, temperature: float, entropies) -> Tensor:
     logits = head(states)
-    if entropies == []:  # wanted, and not there yet: when recomputed they are
+    if entropies == []:  # requested, and not a recomputation in backward, which finds them there
         with torch.no_grad():
             entropies.append(token_entropies(logits, temperature=temperature))
     return token_logprobs(logits, tokens, temperature=temperature, kept=kept)

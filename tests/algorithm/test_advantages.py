@@ -1,4 +1,4 @@
-"""Advantages, by hand, against a plain loop, and by what must not change them."""
+"""Advantages by hand, against a plain loop, and under changes that must not matter."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_one_right_answer_of_four(options, expected):
     assert_close(group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), **options), torch.tensor([expected]))
 
 
-def test_batch_scale_divides_by_the_spread_of_all_rewards_not_of_the_group():
+def test_batch_scale_divides_by_the_std_of_all_rewards_not_of_the_group():
     rewards = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
     # all four: mean 3, squares 9 + 1 + 1 + 9 = 20, 20 / 3, root 2.582; each group is 1 from its own mean
     expected = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) / (math.sqrt(20 / 3) + 1e-4)
@@ -64,8 +64,8 @@ def test_batch_scale_divides_by_the_spread_of_all_rewards_not_of_the_group():
 def test_every_option_equals_the_plain_loop(baseline, scale):
     rewards = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rewards[1, 2] = rewards[2, 0] = rewards[2, 3] = NAN  # not scored
-    rewards[3] = 0.3  # a dead group
-    rewards[4] = torch.tensor([NAN, NAN, 2.0, NAN])  # one score says nothing either
+    rewards[3] = 0.3  # all equal
+    rewards[4] = torch.tensor([NAN, NAN, 2.0, NAN])  # a single score
     result = group_advantages(rewards, baseline=baseline, scale=scale)
     assert_close(result, by_loop(rewards.tolist(), baseline, scale), atol=1e-12, rtol=1e-12)
 
@@ -88,7 +88,7 @@ def test_a_reward_of_nan_is_left_out_of_mean_std_and_count():
 
 
 @pytest.mark.parametrize(("baseline", "scale"), OPTIONS)
-def test_a_group_that_nobody_scored_gets_zero_and_disturbs_no_other(baseline, scale):
+def test_a_group_without_scores_gets_zero_and_changes_no_other(baseline, scale):
     scored = torch.tensor([[1.0, 0.0, 3.0]])
     alone = group_advantages(scored, baseline=baseline, scale=scale)
     both = group_advantages(torch.cat([torch.full((1, 3), NAN), scored]), baseline=baseline, scale=scale)
@@ -149,7 +149,7 @@ def test_half_precision_rewards_are_compared_in_float32():
     assert torch.equal(group_advantages(rewards), group_advantages(rewards.float()))
 
 
-def test_dead_groups_and_group_spread_ignore_what_was_not_scored():
+def test_all_equal_and_group_std_ignore_missing_scores():
     rewards = torch.tensor([[0.1, 0.1, 0.1], [-0.1, NAN, -0.1], [NAN, NAN, 5.0], [NAN] * 3, [0.0, 2.0, NAN]])
     assert all_equal(rewards).tolist() == [True, True, True, True, False]
     assert group_std(rewards)[2:].tolist() == pytest.approx([0.0, 0.0, math.sqrt(2)])  # (1 + 1) / (2 - 1)

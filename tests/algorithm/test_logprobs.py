@@ -33,14 +33,14 @@ def kept_by_loop(logits, temperature, top_k, top_p):
         ({"top_k": 1}, [1]),
         ({"top_p": 0.65}, [1, 3]),  # 0.4 + 0.3 reaches 0.65
         ({"top_p": 0.75}, [1, 3, 0]),  # 0.7 does not reach 0.75: the token that crosses the line is kept
-        ({"top_p": 0.0}, [1]),  # the likeliest is always kept
+        ({"top_p": 0.0}, [1]),  # the most likely is always kept
         ({"top_k": 2, "top_p": 0.5}, [1]),  # 0.4 / (0.4 + 0.3) = 0.57: top-k first, then renormalise
         ({"top_p": 0.5}, [1, 3]),
         ({"top_p": 0.5, "temperature": 0.5}, [1]),  # squares: 0.16 / 0.30 = 0.53: temperature comes first
         ({"top_p": 0.65, "temperature": 100.0}, [1, 3, 0]),  # nearly uniform: 3 of 4 needed
     ],
 )
-def test_truncate_keeps_the_likeliest_first(settings, expected):
+def test_truncate_returns_the_most_likely_first(settings, expected):
     assert truncate(LOGITS[None], **settings).tolist() == [expected]
 
 
@@ -51,7 +51,7 @@ def test_truncate_returns_none_where_nothing_is_cut(settings):
     assert truncate(LOGITS[None], **settings) is None
 
 
-def test_a_top_p_of_one_keeps_even_what_has_no_probability_left():
+def test_a_top_p_of_one_keeps_tokens_of_probability_zero():
     assert truncate(torch.tensor([[0.0, 200.0, -200.0]]), top_k=2, top_p=1.0).tolist() == [[1, 0]]  # e^-200 is 0
 
 
@@ -84,7 +84,7 @@ def test_the_sampler_and_the_scorer_use_one_distribution(logits, temperature, to
     rows = (logits.expand(1, len(ids), -1), ids[None])
     scores = token_logprobs(*rows, temperature=temperature, kept=kept.expand(1, len(ids), -1))
     assert_close(scores[0], torch.tensor(list(expected.values())), atol=2e-5, rtol=1e-5)
-    assert_close(scores.exp().sum(), torch.tensor(1.0))  # of what can be drawn, one is drawn
+    assert_close(scores.exp().sum(), torch.tensor(1.0))  # the probabilities of the kept ids sum to 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

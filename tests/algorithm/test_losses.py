@@ -1,4 +1,4 @@
-"""The loss: gradients in every region of the clip, against a plain loop, and by what must not change it."""
+"""The loss: gradients in every region of the clip, against a plain loop, and under changes that must not matter."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ def test_the_loss_equals_a_plain_loop(importance, surrogate, how, per_token):
 def test_the_clip_stops_only_what_has_gone_far_enough(A, ratio, high, importance):
     logprobs = torch.tensor([[ratio]]).log().requires_grad_()
     mask, old = torch.tensor([[True]]), torch.zeros(1, 1)
-    options = {"clip_range_high": high, "importance": importance}  # clip_range is 0.2 unless told
+    options = {"clip_range_high": high, "importance": importance}  # clip_range is 0.2 by default
     value = clipped_surrogate(logprobs, old, torch.tensor([A]), mask, **options)
     value.sum().backward()
     top = 1.2 if high is None else 1.5
@@ -136,7 +136,7 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce(old, importance, surroga
     assert not (terms.clipped_low | terms.clipped_high).any()
 
 
-def test_how_much_each_completion_weighs():
+def test_the_weight_of_each_completion():
     values = torch.ones(2, 4, requires_grad=True)
     mask = torch.tensor([[True] * 4, [True, False, False, False]])
     shares = {}
@@ -217,7 +217,7 @@ def test_the_kl_term_pulls_towards_the_reference_and_beta_scales_its_gradient():
     assert (pull.sign() == (logprobs - ref).sign() * MASK).all()  # descending brings log pi nearer to log ref
     for loss_of in (gradient, lambda **options: grpo_loss(logprobs, old, advantages, MASK, **options).loss):
         watched = loss_of(ref_logprobs=ref - torch.inf, kl_coef=0.0)  # the reference forbids it: KL is infinite
-        assert torch.equal(watched, loss_of())  # beta = 0: watched, not felt
+        assert torch.equal(watched, loss_of())  # beta = 0: reported, not added
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -234,7 +234,7 @@ def test_a_surrogate_is_zero_where_nothing_was_sampled():
     assert cispo_surrogate(logprobs, old, advantages, MASK, clip_range_high=0.2)[~MASK].eq(0).all()
 
 
-def test_without_a_word_it_is_the_papers_token_ratio_and_sequence_mean():
+def test_the_defaults_are_the_papers_token_ratio_and_sequence_mean():
     logprobs, old, _, advantages = make()
     surrogate = clipped_surrogate(logprobs, old, advantages, MASK)
     assert torch.equal(surrogate, clipped_surrogate(logprobs, old, advantages, MASK, importance="token"))
@@ -289,15 +289,15 @@ def test_an_error_says_what_came_and_the_cure(options, message):
         grpo_loss(logprobs, old, advantages, MASK, **options)
 
 
-# --- what another program has sampled -----------------------------------------------------------------------
+# --- completions that another program sampled -----------------------------------------------------------------------
 
-# All completions over three tokens, of which 0 ends them, of at most two tokens; what stands at padding is no number.
+# All completions of at most two tokens over three ids, of which 0 ends them; padding is NaN.
 EVERYTHING = [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
 WRITTEN = torch.tensor([[True, len(tokens) == 2] for tokens in EVERYTHING])
 
 
 def tables(*seeds, spread=1.0):
-    """A policy as logits [4, 3]: of the first token, and of the second after each first."""
+    """Policies as logits [4, 3]: for the first token, and for the second after each first token."""
     return [spread * torch.randn(4, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
 
 
@@ -313,7 +313,7 @@ def probabilities(policy):
 
 
 def expected_gradient(policy, drawn_from, weights=None, **options):
-    """The gradient of the loss, each completion as often as it is drawn: exact, for all of them are there."""
+    """Return the exact expected gradient of the loss: every completion, weighted by its probability."""
     policy = policy.clone().requires_grad_()
     logprobs, ref = scored(policy), scored(tables(9)[0])
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, 0.0, -2.0], dtype=torch.float64)
@@ -331,7 +331,7 @@ def expected_gradient(policy, drawn_from, weights=None, **options):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_weighed_by_the_completion_what_another_drew_has_the_gradient_of_what_the_policy_draws(how, surrogate):
+def test_sequence_weights_turn_the_samplers_gradient_into_the_policys(how, surrogate):
     policy, sampler = tables(0, 1)
     options = {"aggregation": how, "constant": 2, "surrogate": surrogate, "clip_range_high": 1.0}
     wanted = expected_gradient(policy, policy, **options)
@@ -342,11 +342,11 @@ def test_weighed_by_the_completion_what_another_drew_has_the_gradient_of_what_th
 
     uncorrected = (expected_gradient(policy, sampler, **options) - wanted).abs().max().item()
     assert off("sequence", math.inf) < 1e-14
-    assert off("sequence", 1.0) > 1e-2  # the cap has its price
+    assert off("sequence", 1.0) > 1e-2  # the cap adds bias
     assert 1e-2 < off("token", math.inf) < uncorrected
 
 
-def test_weighed_by_the_token_what_another_drew_is_unbiased_where_there_is_one_token():
+def test_token_weights_are_unbiased_for_completions_of_one_token():
     policy, sampler = tables(0, 1)
     one = torch.tensor([[True], [True], [True]])
     ours, theirs = (p[0].log_softmax(-1)[:, None] for p in (policy, sampler))

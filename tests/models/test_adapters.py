@@ -1,4 +1,4 @@
-"""LoRA: the frozen weights stay, the reference is the model without its adapter, and what is saved can be used."""
+"""LoRA: frozen weights do not change, the reference is the model without its adapter, and saved adapters load."""
 
 import copy
 import json
@@ -85,7 +85,7 @@ def test_a_checkpoint_loads_with_peft_and_the_final_model_with_transformers_alon
     assert (final(IDS).logits - tiny_model()(IDS).logits).abs().max() > 0.01
 
 
-def test_merging_leaves_the_model_as_it_is_and_where_it_is():
+def test_merging_neither_changes_nor_moves_the_model():
     model = add_lora(tiny_model(), rank=2, alpha=32, seed=0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -113,7 +113,7 @@ def test_merging_gives_the_bits_of_peft_and_shares_what_has_no_adapter(name):
 
 
 class BytesByDevice(Rehearsal):
-    """Counts by device what is made; devices that are not there are pretended."""
+    """Count bytes by device; missing devices are simulated."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ class BytesByDevice(Rehearsal):
         return tensor.device.type
 
 
-def test_merging_takes_nothing_on_a_gpu():
+def test_merging_needs_no_gpu_memory():
     stage = BytesByDevice()
 
     def on_a_gpu(tensor):
@@ -143,12 +143,12 @@ def weights_of(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_a_model_that_comes_with_its_adapter_is_trained_as_it_is(tmp_path):
+def test_a_model_with_an_adapter_is_trained_as_it_is(tmp_path):
     ours, _ = trained(tmp_path / "a")
     given = make_trainer(tmp_path / "b", model=add_lora(tiny_model(), rank=2, alpha=32, seed=0))
     list(given.steps())
     assert torch.equal(weights(ours), weights(given))
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         make_trainer(tmp_path / "c", model=given.model, lora_rank=2)
 
 
@@ -157,7 +157,7 @@ def given(name="default", config=None):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-def test_another_adapter_beside_the_one_that_is_trained_is_left_alone(tmp_path):
+def test_an_inactive_second_adapter_is_ignored(tmp_path):
     model = given()
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
     run = make_trainer(tmp_path / "run", model=model, save_steps=1)
@@ -169,9 +169,9 @@ def test_another_adapter_beside_the_one_that_is_trained_is_left_alone(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 def test_an_adapter_that_could_not_be_saved_is_refused_before_it_is_trained(tmp_path):
-    with pytest.raises(ValueError, match='must be called "default" and be the only active one, got mine'):
+    with pytest.raises(ValueError, match='must be named "default" and be the only active one, got mine'):
         make_trainer(tmp_path, model=given("mine"))
-    with pytest.raises(ValueError, match="tokens in front of the prompt cannot be merged"):
+    with pytest.raises(ValueError, match="virtual prompt tokens cannot be merged"):
         make_trainer(tmp_path, model=given(config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
 
 
@@ -183,7 +183,7 @@ def test_an_adapter_that_was_loaded_frozen_is_refused(tmp_path):
         make_trainer(tmp_path / "run", model=frozen)
 
 
-def test_a_damaged_adapter_is_named_and_the_checkpoint_before_is_used(tmp_path):
+def test_a_damaged_adapter_is_named_and_the_previous_checkpoint_is_used(tmp_path):
     trained(tmp_path)
     file = tmp_path / "checkpoint-3" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")
@@ -208,7 +208,7 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path):
     folder = tmp_path / "checkpoint-3"
     saved = load_file(folder / "adapter_model.safetensors")
     save_file({name: weight[:1].contiguous() for name, weight in saved.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(DamagedCheckpointError, match="the adapter is another one"):
+    with pytest.raises(DamagedCheckpointError, match="the adapter does not fit"):
         load_weights(add_lora(tiny_model(), rank=2, alpha=32, seed=0), folder)
 
 

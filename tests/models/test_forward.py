@@ -1,4 +1,4 @@
-"""One pass over prompts and completions: shared prompts, a head apart and padding change no number."""
+"""One forward pass over prompts and completions: dedup, a separate head and padding change no result."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def scored(model, rows, *, dedup):
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *MORE])
-def test_a_prompt_read_once_for_its_completions_is_as_good_as_read_with_each(name):
+def test_a_prompt_computed_once_gives_the_same_scores_and_gradients(name):
     model = tiny_architecture(name, **MORE.get(name, {}))
     rows = rollouts(model)
     for shared, apart in zip(scored(model, rows, dedup=True), scored(model, rows, dedup=False), strict=True):
@@ -41,15 +41,15 @@ def test_a_prompt_read_once_for_its_completions_is_as_good_as_read_with_each(nam
 
 
 def passes(model, monkeypatch) -> list[tuple[int, int]]:
-    """The sizes of what the first layer is given, as it happens."""
+    """Record the batch and sequence sizes of the first layer's inputs."""
     seen, layer = [], model.model.layers[0]
-    forward.completion_states(model, torch.ones(1, 2).long(), torch.ones(1, 2).long(), 1)  # asked for its head
+    forward.completion_states(model, torch.ones(1, 2).long(), torch.ones(1, 2).long(), 1)  # checks body and head
     whole = layer.forward
     monkeypatch.setattr(layer, "forward", lambda x, *a, **k: seen.append(tuple(x.shape[:2])) or whole(x, *a, **k))
     return seen
 
 
-def test_a_shared_prompt_is_read_once_and_completions_that_are_the_same_are_too(model, monkeypatch):
+def test_equal_prompts_and_equal_rows_are_computed_once(model, monkeypatch):
     rows, seen = rollouts(model), passes(model, monkeypatch)
     order = torch.tensor([3, 0, 7, 7, 11, 0])  # two rows twice, and prompts apart from one another
     some = rows.select(order)
@@ -61,7 +61,7 @@ def test_a_shared_prompt_is_read_once_and_completions_that_are_the_same_are_too(
     assert torch.equal(values[2], values[3])
 
 
-def test_rows_that_could_have_drawn_other_tokens_are_not_the_same(model):
+def test_rows_with_other_kept_ids_are_not_equal(model):
     rows = rollouts(model).select(torch.tensor([0, 0]))
     drawn = rows.completion_ids[..., None]
     kept = torch.cat([drawn, torch.full_like(drawn, -1)], -1)
@@ -71,7 +71,7 @@ def test_rows_that_could_have_drawn_other_tokens_are_not_the_same(model):
     assert among_two.max() < 0
 
 
-def test_completions_of_one_token_need_the_prompt_alone(model):
+def test_completions_of_one_token_need_only_the_prompt(model):
     rows = rollouts(model)
     one = rows.input_ids[:, :8], rows.attention_mask[:, :8], 1
     shared, apart = (completion_logprobs(model, *one, dedup=dedup) for dedup in (True, False))
@@ -88,7 +88,7 @@ def test_where_activations_are_recomputed_prompts_are_not_shared_and_the_gradien
 
 
 @pytest.mark.parametrize(("name", "apart"), [("qwen2", True), ("gpt2", True), ("gemma2", False), ("cohere", False)])
-def test_a_head_that_is_not_all_that_follows_the_body_is_not_taken_alone(name, apart):
+def test_the_head_is_called_separately_only_if_nothing_else_follows_the_body(name, apart):
     model = tiny_architecture(name)
     rows = rollouts(model)
     head = forward.completion_states(model, rows.input_ids, rows.attention_mask, rows.num_tokens)[1]
@@ -100,7 +100,7 @@ def test_a_head_that_is_not_all_that_follows_the_body_is_not_taken_alone(name, a
     assert torch.allclose(ours, whole[:, -rows.num_tokens - 1 : -1], atol=1e-5)
 
 
-def test_a_body_that_cannot_be_asked_is_left_in_its_model(model, monkeypatch):
+def test_a_model_whose_body_cannot_be_called_separately_is_called_whole(model, monkeypatch):
     rows = rollouts(model)
     expected = completion_logprobs(model, rows.input_ids, rows.attention_mask, rows.num_tokens)
     again = tiny_model()
@@ -111,7 +111,7 @@ def test_a_body_that_cannot_be_asked_is_left_in_its_model(model, monkeypatch):
 
 
 @pytest.mark.parametrize("num_tokens", [0, 12, 13])
-def test_a_completion_needs_a_token_and_something_before_it(model, num_tokens):
+def test_a_completion_needs_a_token_and_a_prompt(model, num_tokens):
     with pytest.raises(ValueError, match=f"at least one column of prompt: got {num_tokens} of 12 columns"):
         completion_logprobs(model, *batch(), num_tokens)
 
@@ -127,7 +127,7 @@ def test_evaluating_turns_dropout_off_and_restores_the_mode_even_after_an_error(
     assert net.training == net[0].training == training
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
 def test_wrappers_do_not_hide_what_a_model_takes(model):
     from peft import LoraConfig, get_peft_model
 

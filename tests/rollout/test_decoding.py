@@ -1,4 +1,4 @@
-"""The cache of fixed size that CUDA graphs need says what the growing one says; here without the graph."""
+"""The static cache that CUDA graphs need gives what the dynamic one gives; here without the graph."""
 
 import logging
 
@@ -15,7 +15,7 @@ from grpo_lab.rollout.scoring import completion_logprobs
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """As on CUDA, except that the step is not captured. Returns the shapes of what is made: rows, columns."""
+    """Use the CUDA decoder without capturing its step. Returns the rows and columns of each decoder made."""
     made = []
     init = decoding.CudaGraphDecoder.__init__
     monkeypatch.setattr(decoding, "can_capture", lambda *_: True)
@@ -27,7 +27,7 @@ def fixed(monkeypatch):
 
 @pytest.mark.parametrize("settings", [TRUNCATIONS[0], TRUNCATIONS[3]], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "llama", "qwen2"])
-def test_a_cache_of_fixed_size_gives_the_same_completions(request, monkeypatch, name, settings):
+def test_a_static_cache_gives_the_same_completions(request, monkeypatch, name, settings):
     model = tiny_architecture(name)
     growing = draw(model, **settings)
     made = request.getfixturevalue("fixed")
@@ -38,7 +38,7 @@ def test_a_cache_of_fixed_size_gives_the_same_completions(request, monkeypatch, 
     assert made == [(len(growing.input_ids), width + T)]
 
 
-def test_in_half_precision_too_where_rotated_keys_come_in_float32(request, model):
+def test_a_static_cache_takes_float32_keys_under_autocast(request, model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         growing = draw(model)
         made = request.getfixturevalue("fixed")
@@ -49,8 +49,8 @@ def test_in_half_precision_too_where_rotated_keys_come_in_float32(request, model
 
 
 @pytest.mark.parametrize("capture", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma2"])  # of gemma2 the whole model is called, not its body
-def test_the_cache_is_called_as_this_transformers_calls_it(monkeypatch, recwarn, name, capture):
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma2"])  # gemma2 is called whole, not body and head
+def test_the_cache_argument_has_the_name_of_the_installed_transformers(monkeypatch, recwarn, name, capture):
     logged = []  # some deprecations are logged, and only once in a process
     monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *args: logged.append(message))
     monkeypatch.setattr(decoding, "can_capture", lambda *_: capture)
@@ -62,7 +62,7 @@ def test_the_cache_is_called_as_this_transformers_calls_it(monkeypatch, recwarn,
 
 
 class Casts(TorchDispatchMode):
-    """Counts how often a weight is cast to half precision."""
+    """Count how often a weight is cast to half precision."""
 
     def __init__(self, model):
         super().__init__()
@@ -76,7 +76,7 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("capture", [False, True])
 def test_under_autocast_the_weights_are_cast_once_in_a_rollout(model, monkeypatch, capture):
     monkeypatch.setattr(decoding, "can_capture", lambda *_: capture)
-    matrices = 2 * 7 + 1  # of two layers, and the head
+    matrices = 2 * 7 + 1  # in two layers, and the head
     for tokens in (2, 9):
         with torch.autocast("cpu", dtype=torch.bfloat16), Casts(model) as casts:
             draw(model, numbers=uniforms(len(PROMPTS) * K, tokens), ends=[])
@@ -84,7 +84,7 @@ def test_under_autocast_the_weights_are_cast_once_in_a_rollout(model, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["bloom", "mistral"])
-def test_a_model_that_refuses_is_sampled_all_the_same_and_that_is_said_once(name, fixed, recwarn):
+def test_a_model_without_cuda_graph_support_is_sampled_with_one_warning(name, fixed, recwarn):
     model = tiny_architecture(name, **({"sliding_window": 4} if name == "mistral" else {}))
     first, second = draw(model), draw(model)
     assert [str(w.message) for w in recwarn if "without a CUDA graph" in str(w.message)] != []
@@ -95,7 +95,7 @@ def test_a_model_that_refuses_is_sampled_all_the_same_and_that_is_said_once(name
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("half", [False, True])
-def test_a_captured_step_gives_the_completions_of_a_growing_cache(monkeypatch, half):
+def test_a_captured_step_gives_the_completions_of_a_dynamic_cache(monkeypatch, half):
     model = tiny_model().cuda()
     inputs = {name: x.cuda() for name, x in zip(("input_ids", "attention_mask"), _padded(), strict=True)}
     numbers = torch.rand(12, 40, generator=torch.Generator().manual_seed(0))

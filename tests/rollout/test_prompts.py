@@ -1,4 +1,4 @@
-"""Prompts: whatever form they come in, each is used once per epoch, in an order that can be saved."""
+"""Prompts in every form; each is used once per epoch, in an order that can be saved."""
 
 import re
 import zlib
@@ -46,10 +46,10 @@ def test_a_column_of_a_datasets_dataset_will_do():
         ([[{"role": "user"}]], {}, TypeError, "prompt 0 must be a string"),
         ([["2+2="]], {}, TypeError, "prompt 0 must be a string"),
         (["a", "b"], {"answer": [1]}, ValueError, "column 'answer' has 1 values for 2 prompts"),
-        (["a"], {"prompt": ["b"]}, ValueError, "give the other one another name"),
+        (["a"], {"prompt": ["b"]}, ValueError, "Rename the other column"),
     ],
 )
-def test_what_is_no_dataset_is_refused_with_the_cure(prompts, columns, error, message):
+def test_an_invalid_dataset_is_refused_with_the_cure(prompts, columns, error, message):
     with pytest.raises(error, match=message):
         SimplePromptDataset(prompts, **columns)
 
@@ -59,7 +59,7 @@ def test_what_is_no_dataset_is_refused_with_the_cure(prompts, columns, error, me
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """Writes a file and gives its name; the library's cache goes to the same folder."""
+    """Write a file and return its name; the library's cache goes to the same folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def write(name, content):
@@ -73,7 +73,7 @@ def file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.txt", "2+2=\n\n  \nwas ist ½?\n"),  # empty lines are no prompts
+        ("p.txt", "2+2=\n\n  \nwas ist ½?\n"),  # empty lines are skipped
         ("p.txt", "\ufeff2+2=\r\nwas ist ½?\r\n"),  # as Windows writes it
         ("p.jsonl", '{"prompt": "2+2=", "answer": 4}\n{"prompt": "was ist ½?", "answer": null}\n'),
         ("p.json", '[{"prompt": "2+2=", "answer": 4}, {"prompt": "was ist ½?", "answer": null}]'),
@@ -91,7 +91,7 @@ def test_parquet_and_chats_are_read(file, tmp_path):
     assert load_prompts(str(tmp_path / "p.parquet"))[0] == {"prompt": CHAT, "answer": "4"}
 
 
-def test_the_prompts_may_stand_in_another_column(file):
+def test_the_prompts_may_be_in_another_column(file):
     name = file("p.jsonl", '{"question": "2+2=", "prompt": "ignored", "answer": "4"}\n')
     assert load_prompts(name, prompt_column="question")[0] == {"prompt": "2+2=", "answer": "4"}
     assert load_prompts(file("p.txt", "2+2=\n"), prompt_column="question")[0] == {"prompt": "2+2="}
@@ -134,7 +134,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "config"), [("owner/name", None), ("owner/name:main", "main")])
-def test_other_names_are_asked_of_the_hub(monkeypatch, name, config):
+def test_other_names_are_loaded_from_the_hub(monkeypatch, name, config):
     asked = {}
 
     def load_dataset(**where):
@@ -165,7 +165,7 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer_and_a_chat_those_of_the
 def test_a_chat_needs_a_template_and_a_prompt_at_least_one_token(tokenizer):
     with pytest.raises(ValueError, match=r"no chat template\. Use text prompts, or the tokenizer of an instruct model"):
         encode_prompt(tokenizer, CHAT)
-    with pytest.raises(ValueError, match="leaves nothing of the prompt ''"):
+    with pytest.raises(ValueError, match="no tokens for the prompt ''"):
         encode_prompt(tokenizer, "")
 
 
@@ -195,7 +195,7 @@ def test_the_seed_decides_the_order():
 
 
 @pytest.mark.parametrize("taken", range(8))
-def test_a_saved_order_goes_on_exactly_where_it_stood(taken):
+def test_a_saved_order_continues_exactly_where_it_stopped(taken):
     order = PromptOrder(10, 4, seed=3)  # 3 batches an epoch: saved at its start, in its middle and at its end
     batches(order, taken)
     restored = PromptOrder(10, 4, seed=3)
@@ -204,7 +204,7 @@ def test_a_saved_order_goes_on_exactly_where_it_stood(taken):
     assert restored.state_dict() == order.state_dict()
 
 
-def test_a_derived_seed_is_its_own_for_each_seed_purpose_and_number():
+def test_derived_seeds_differ_for_each_seed_purpose_and_number():
     # pinned: recorded runs depend on it
     assert derived_seed(0, "epoch", 1) == zlib.crc32(b"0/epoch/1") == 221630651
     grid = list(product((0, 1, 11, 2**40), ("epoch", "rollout", "evaluate"), (0, 1, 11, 111)))
@@ -293,7 +293,7 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role 
 
 
 @pytest.mark.parametrize("template", [MESSAGES, REFUSES + MESSAGES], ids=["drops it", "refuses it"])
-def test_what_a_template_without_a_system_turn_would_lose_begins_the_users_turn(tokenizer, template):
+def test_a_system_message_that_the_template_drops_is_put_before_the_user_message(tokenizer, template):
     tokenizer.chat_template = template
     chat = as_chats(SimplePromptDataset(["2+2="]), "Be brief. ")[0]["prompt"]
     assert chat_text(tokenizer, chat) == "<user>Be brief.\n\n2+2="
@@ -303,20 +303,20 @@ def test_what_a_template_without_a_system_turn_would_lose_begins_the_users_turn(
     assert chat_text(tokenizer, chat[1:]) == "<user>2+2="
 
 
-def test_a_system_turn_that_the_template_writes_stays_where_it_is(tokenizer):
+def test_a_system_message_that_the_template_writes_is_not_moved(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
     chat = as_chats(SimplePromptDataset(["2+2="]), " Be brief. ")[0]["prompt"]
     assert chat_text(tokenizer, chat) == "<system>Be brief.<user>2+2="
 
 
-def test_a_chat_that_its_template_refuses_is_said(tokenizer):
+def test_a_chat_that_its_template_rejects_is_an_error(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     for chat in (CHAT, as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]):
-        with pytest.raises(ValueError, match="chat template refuses a prompt: roles must alternate"):
+        with pytest.raises(ValueError, match="chat template rejects a prompt: roles must alternate"):
             encode_prompt(tokenizer, chat)
 
 
-def test_a_dataset_of_several_splits_or_without_a_length_is_none():
+def test_a_dataset_with_several_splits_or_without_a_length_is_refused():
     rows = datasets.Dataset.from_dict({"prompt": ["2+2="]})
     with pytest.raises(TypeError, match=r"train_dataset must be .*, got DatasetDict: take one split of it"):
         checked_dataset(datasets.DatasetDict(train=rows), "train_dataset")

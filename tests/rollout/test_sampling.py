@@ -1,4 +1,4 @@
-"""Sampling: the numbers that come in decide the tokens that come out, and the scorer agrees with the sampler."""
+"""Sampling: the uniform numbers decide the tokens, and the scorer agrees with the sampler."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from grpo_lab.rollout.scoring import completion_logprobs
 def test_the_scorer_agrees_with_the_sampler(any_model, settings):
     rollouts = draw(any_model, **settings)
     lengths = rollouts.completion_mask.sum(1)
-    assert lengths.min() < lengths.max()  # some rows ended early, so the cache was cut
+    assert lengths.min() < lengths.max()  # some rows ended early and left the cache
     rows = (any_model, rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens)
     again = completion_logprobs(*rows, temperature=settings["temperature"], kept=rollouts.kept, dedup=False)
     assert again.isfinite().all()
@@ -90,8 +90,8 @@ def test_other_numbers_give_other_completions_and_global_seeds_do_not_matter(mod
     assert texts(first) != texts(other)
 
 
-def test_rows_that_are_equal_so_far_are_read_once(model, monkeypatch):
-    """Of twelve rows the even ones draw the same numbers throughout; the odd ones are on their own from the start."""
+def test_rows_that_are_equal_so_far_are_computed_once(model, monkeypatch):
+    """Of twelve rows, the even ones have the same numbers; the odd ones each have their own."""
     numbers, sizes, whole = uniforms(P * K), [], model.forward
     numbers[::2] = numbers[0]
     monkeypatch.setattr(
@@ -107,14 +107,14 @@ def test_rows_that_are_equal_so_far_are_read_once(model, monkeypatch):
     assert torch.allclose(together.logprobs, apart.logprobs, atol=1e-5)
 
 
-def test_the_completions_of_a_prompt_stand_together(model):
+def test_the_completions_of_a_prompt_are_adjacent(model):
     rollouts = draw(model)
     assert torch.equal(rollouts.input_ids[:, :7], left_pad(PROMPTS, 0)[0].repeat_interleave(K, 0))
     same = draw(model, numbers=uniforms(1).expand(P * K, T))  # equal numbers: K equal completions of each prompt
     assert all(len({tuple(t) for t in texts(same)[i * K : (i + 1) * K]}) == 1 for i in range(P))
 
 
-def test_numbers_for_another_count_of_rows_are_refused(model):
+def test_uniforms_for_another_number_of_rows_are_refused(model):
     with pytest.raises(ValueError, match=r"\[P \* K, T\] = \[12, T\], got \[11, 8\]"):
         draw(model, numbers=uniforms(11))
 
@@ -134,7 +134,7 @@ def test_greedy_decoding_is_that_of_transformers(any_model, ends):
 
 
 def chi_squared_p(counts, probs):
-    """The chance of counts at least this far from n * probs, if probs is what they were drawn from."""
+    """Return the probability of counts at least this far from n * probs, if they were drawn from probs."""
     possible = probs > 0
     assert (counts[~possible] == 0).all()
     expected = counts.sum() * probs[possible]
@@ -185,7 +185,7 @@ def test_first_tokens_of_a_model_have_its_frequencies(model, settings):
     assert chi_squared_p(counts_of(rollouts.completion_ids[:, 0], len(logits)), truncated(logits, **settings)) > 1e-6
 
 
-def test_picking_walks_up_the_cumulative_distribution():
+def test_sample_token_inverts_the_cumulative_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
     numbers = torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 0.99])
     assert sample_token(logits.expand(6, 3), numbers).tolist() == [0, 0, 1, 1, 2, 2]
@@ -227,8 +227,8 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
 @pytest.mark.parametrize(
     ("pad", "eos", "expected"), [(5, 1, 5), (0, 1, 0), (None, 1, 1), (None, 0, 0), (None, None, 0), (10**6, 1, 1)]
 )
-def test_any_tokenizer_has_something_to_pad_with(pad, eos, expected):
-    # a pad token that was added to the tokenizer alone, without a row in the model, would be out of range
+def test_there_is_a_padding_id_for_any_tokenizer(pad, eos, expected):
+    # a pad token that was added only to the tokenizer has no embedding in the model
     assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos), tiny_model()) == expected
 
 
@@ -236,14 +236,14 @@ def test_any_tokenizer_has_something_to_pad_with(pad, eos, expected):
     ("of_model", "of_tokenizer", "expected"),
     [([7, 4], 4, [4, 7]), ([7, 9], 4, [4, 7, 9]), (7, 4, [4, 7]), (0, None, [0]), (None, 4, [4]), (None, None, [])],
 )
-def test_the_ends_are_those_of_the_model_and_of_the_tokenizer(of_model, of_tokenizer, expected):
+def test_the_end_ids_are_those_of_the_model_and_of_the_tokenizer(of_model, of_tokenizer, expected):
     model, tokenizer = tiny_model(), SimpleNamespace(eos_token_id=of_tokenizer)
     model.generation_config.eos_token_id = of_model
     assert end_token_ids(model, tokenizer) == expected
     assert end_token_ids(torch.nn.Linear(1, 1), tokenizer) == ([of_tokenizer] if of_tokenizer is not None else [])
 
 
-def test_rollouts_travel_whole(model):
+def test_rollouts_move_to_a_device_with_all_fields(model):
     for rollouts in (draw(model), draw(model, top_k=3)):
         moved = rollouts.to("cpu")
         assert moved.num_tokens == rollouts.num_tokens

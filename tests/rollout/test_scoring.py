@@ -1,4 +1,4 @@
-"""Scoring: what one padded batch says about completions is what the model says word by word."""
+"""Scoring: one padded batch gives the log-probabilities that the model gives token by token."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_a_padded_batch_equals_decoding_step_by_step(any_model, pad, temperature
         assert row[: len(completion)].sum().item() == pytest.approx(math.fsum(expected), abs=5e-5)
 
 
-def test_what_stands_at_padding_cannot_leak(any_model):
+def test_tokens_at_padding_cannot_leak(any_model):
     input_ids, mask = batch()
     noise = torch.randint(2, 22, input_ids.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(scoring, "token_logprobs", spy)
     forward, chunked, chunked_gradient = run()
-    assert forward == sizes  # so many positions at a time, in order, and none of padding
+    assert forward == sizes  # the positions of each chunk, in order, without padding
     assert sorted(seen) == sorted(sizes * (2 if len(sizes) > 1 else 1))  # chunks are recomputed in backward, not kept
     assert torch.allclose(whole.logprobs, chunked.logprobs, atol=1e-6)
     assert torch.allclose(whole.entropies, chunked.entropies, atol=1e-6)
@@ -107,7 +107,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, elements, sizes
 
 
 def test_the_memory_of_a_score_does_not_grow_with_the_vocabulary(monkeypatch):
-    """What is kept for backward, weights aside, when logits no longer fit into one chunk."""
+    """Bytes kept for backward, without weights, when the logits no longer fit into one chunk."""
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 2**16)
     kept = [kept_for_backward(tiny_model(vocab_size=size), 32, 4, 12) for size in (1000, 150_000)]
     assert kept[1] == pytest.approx(kept[0], rel=0.1)

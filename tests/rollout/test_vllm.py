@@ -1,4 +1,4 @@
-"""Rollouts through vLLM, in this process and through a server: both against a stand-in that speaks its interface."""
+"""Rollouts with vLLM in this process and with a server: both against a stand-in with its interface."""
 
 import math
 import sys
@@ -25,7 +25,7 @@ DIFFERENCE = "sampling/sampling_logp_difference"
 
 
 class Stand:
-    """One of the two ways to vLLM: how a run is told of it, and the engine behind it once it has been started."""
+    """One of the two ways to use vLLM: its settings for a run, and its engine once it has started."""
 
     def __init__(self, settings, engine, server=None):
         self.settings, self._engine, self.server = SETTINGS | settings, engine, server
@@ -37,7 +37,7 @@ class Stand:
 
 @pytest.fixture(params=["here", "server"])
 def stand(request, tmp_path, monkeypatch):
-    """Makes a `Stand`; noise bends its distribution away from the policy's. The server starts with other weights."""
+    """Make a `Stand`; noise changes its distribution from the policy's. The server starts with other weights."""
     open_servers = []
 
     def make(noise: float = 0.0, model=None) -> Stand:
@@ -90,10 +90,10 @@ def test_the_same_numbers_give_the_same_completions_and_other_numbers_others(tmp
     assert torch.equal(one.input_ids, again.input_ids)
     assert one.input_ids.shape != other.input_ids.shape or not torch.equal(one.input_ids, other.input_ids)
     twice = run.sample([PROMPTS[0]] * 2, run._uniforms(8, "rollout", 0), 4).completion_ids
-    assert not torch.equal(twice[:4], twice[4:])  # each prompt has a seed of its own
+    assert not torch.equal(twice[:4], twice[4:])  # each prompt has its own seed
 
 
-def test_greedy_is_what_our_own_sampler_calls_greedy(tmp_path, stand):
+def test_greedy_equals_our_own_sampler(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
     uniforms = run._uniforms(6, "evaluate", 0)
     theirs = run.sample(PROMPTS[:3], uniforms, 2, top_k=1)
@@ -103,7 +103,7 @@ def test_greedy_is_what_our_own_sampler_calls_greedy(tmp_path, stand):
         assert torch.equal(getattr(theirs, name), getattr(ours, name)), name
 
 
-def test_it_draws_from_the_distribution_that_it_says(tmp_path, stand):
+def test_it_samples_from_the_distribution_that_it_reports(tmp_path, stand):
     """Of 400 first tokens, each token's share is within 4.5 standard deviations: wrong by luck once in 5,000 runs."""
     run = make_trainer(tmp_path / "run", **stand(noise=0.5).settings, max_new_tokens=1)
     rollouts = run.sample(PROMPTS[:1], run._uniforms(400, "rollout", 0), 400)
@@ -115,17 +115,17 @@ def test_it_draws_from_the_distribution_that_it_says(tmp_path, stand):
         assert abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / 400)
 
 
-# --- its weights follow -------------------------------------------------------------------------------------
+# --- its weights are the policy's -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2, "learning_rate": 0.1}], ids=["all", "LoRA"])
 def test_its_weights_follow_the_policy_after_each_update(tmp_path, stand, settings):
     here = stand()
-    # always the same prompts: what vLLM remembers of them is of old weights
+    # always the same prompts: a prefix cache that is not reset would be of old weights
     run = make_trainer(tmp_path / "run", prompts=PROMPTS[:4], max_steps=3, **here.settings | settings)
     before = None
     for record in run.steps():
-        assert record.metrics[f"{DIFFERENCE}/max"] < 1e-4  # as we score them with the weights of this moment
+        assert record.metrics[f"{DIFFERENCE}/max"] < 1e-4  # we score them with the current weights
         assert record.metrics[f"{RATIO}/min"] == pytest.approx(1, abs=1e-3)
         assert record.metrics[f"{RATIO}/max"] == pytest.approx(1, abs=1e-3)
         now = torch.cat([w.flatten() for w in here.engine.model.state_dict().values()])
@@ -135,7 +135,7 @@ def test_its_weights_follow_the_policy_after_each_update(tmp_path, stand, settin
     assert not list((tmp_path / "run").glob(".weights-for-vllm-*"))
 
 
-def test_one_rollout_serves_several_updates_with_the_same_weights_of_completions(tmp_path, monkeypatch, stand):
+def test_several_updates_on_one_rollout_use_the_same_importance_weights(tmp_path, monkeypatch, stand):
     used, loss = [], step.grpo_loss
     monkeypatch.setattr(step, "grpo_loss", lambda *a, **k: used.append(k["weights"]) or loss(*a, **k))
     here = stand(noise=0.1)
@@ -151,7 +151,7 @@ def test_one_rollout_serves_several_updates_with_the_same_weights_of_completions
     assert records[2].metrics[f"{RATIO}/max"] == used[2].max().item()
 
 
-def test_micro_batches_and_a_checkpoint_amid_a_rollout_change_nothing(tmp_path, monkeypatch):
+def test_micro_batches_and_a_checkpoint_within_a_rollout_change_nothing(tmp_path, monkeypatch):
     package = vllm_stand_in.package(noise=0.1)
     monkeypatch.setitem(sys.modules, "vllm", package)
     runs = []
@@ -172,7 +172,7 @@ def test_micro_batches_and_a_checkpoint_amid_a_rollout_change_nothing(tmp_path, 
         assert last.metrics[name] == runs[1][3][name]
 
 
-def test_tied_weights_and_half_precision_go_over(tmp_path, monkeypatch):
+def test_tied_weights_and_half_precision_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm_stand_in.package())
     model = tiny_model(tie_word_embeddings=True)
     sampler = VLLMSampler(model, make_tokenizer(), precision="bf16", server=None, folder=tmp_path, gpu_memory=0.3)
@@ -182,7 +182,7 @@ def test_tied_weights_and_half_precision_go_over(tmp_path, monkeypatch):
         assert torch.equal(theirs[name], weight.bfloat16().float())
 
 
-def test_evaluation_samples_through_it_with_the_weights_of_the_moment(tmp_path, stand):
+def test_evaluation_samples_with_it_and_the_current_weights(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
     with torch.no_grad():
         for p in run.model.parameters():
@@ -193,37 +193,37 @@ def test_evaluation_samples_through_it_with_the_weights_of_the_moment(tmp_path, 
     assert math.isfinite(theirs["eval/reward"])
 
 
-# --- what it says is corrected ------------------------------------------------------------------------------
+# --- its log-probabilities are corrected ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("correction", ["sequence", "token"])
-def test_it_learns_from_a_sampler_that_is_off(tmp_path, stand, uniform_model, correction):
+def test_training_learns_from_a_sampler_with_another_distribution(tmp_path, stand, uniform_model, correction):
     settings = stand(noise=0.5, model=tiny_model(tie_word_embeddings=False)).settings
     run = make_trainer(
         tmp_path / "run", model=uniform_model, max_steps=20, learning_rate=3e-2, kl_coef=0.01,
         sampler_correction=correction, **settings,
     )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "vLLM's log-probabilities are")
+        warnings.filterwarnings("ignore", "vLLM's log-probabilities differ")
         records = list(run.steps())
     rewards = [record.metrics["reward"] for record in records]
     assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
     assert max(record.metrics[f"{RATIO}/max"] for record in records) == 2.0  # the cap acts
 
 
-def test_what_is_more_than_rounding_is_warned_of(tmp_path, stand):
+def test_a_difference_larger_than_rounding_gives_a_warning(tmp_path, stand):
     run = make_trainer(tmp_path / "run", max_steps=1, **stand(noise=1.0).settings)
-    with pytest.warns(UserWarning, match=r"nats from ours on average, which is more than rounding"):
+    with pytest.warns(UserWarning, match="nats on average, more than by rounding"):
         list(run.steps())
 
 
-def test_a_run_without_vllm_has_no_weights_and_loads_no_vllm(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)  # whoever imports it fails
+def test_a_run_without_vllm_has_no_importance_weights_and_imports_no_vllm(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it fails
     (record,) = make_trainer(tmp_path, max_steps=1).steps()
     assert not any(name.startswith(RATIO) for name in record.metrics)
 
 
-# --- faults, each in a sentence -----------------------------------------------------------------------------
+# --- errors, each in one sentence -----------------------------------------------------------------------------
 
 
 def test_without_the_package_the_error_says_how_to_install_it(tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_without_the_package_the_error_says_how_to_install_it(tmp_path, monkeypa
         make_trainer(tmp_path, **SETTINGS)
 
 
-def test_a_server_that_is_not_there_is_noticed_before_training(tmp_path):
+def test_a_missing_server_is_noticed_before_training(tmp_path):
     with pytest.raises(ConnectionError, match=r"no vLLM server answers at http://127\.0\.0\.1:9/v1/models"):
         make_trainer(tmp_path, vllm_server="http://127.0.0.1:9", **SETTINGS)
 
@@ -248,7 +248,7 @@ def through(server, tmp_path, **settings) -> GRPOTrainer:
     return make_trainer(tmp_path / "run", max_steps=1, vllm_server=server.url, **SETTINGS | settings)
 
 
-def test_a_server_that_cannot_change_its_weights_or_says_raw_log_probabilities_is_refused(tmp_path, server):
+def test_a_server_that_cannot_load_weights_or_returns_raw_log_probabilities_is_refused(tmp_path, server):
     server.dev_mode = False
     with pytest.raises(ConnectionError, match="VLLM_SERVER_DEV_MODE=1"):
         through(server, tmp_path)
@@ -265,34 +265,37 @@ def test_a_server_of_another_model_is_noticed_before_its_first_completion(tmp_pa
     assert run.step == 0
 
 
-def test_a_page_that_is_no_vllm_server(tmp_path, server):
+def test_a_server_other_than_vllm_is_refused(tmp_path, server):
     server.answer = lambda path, content: "hello"
-    with pytest.raises(ValueError, match=r"answers, but not as vLLM 0\.22 or newer does"):
+    with pytest.raises(ValueError, match=r"does not answer like vLLM 0\.22 or newer"):
         through(server, tmp_path)
 
 
 FAULTS = {
-    "one too few": (lambda c: c.pop(), r"completions, asked for 4 of each prompt"),
-    "no log-probabilities": (lambda c: c[0].update(logprobs=None), r"gave 0 log-probabilities for"),
+    "one too few": (lambda c: c.pop(), r"completions, expected 4 for each prompt"),
+    "no log-probabilities": (lambda c: c[0].update(logprobs=None), r"returned 0 log-probabilities for"),
     "a missing one": (lambda c: c[0]["logprobs"]["token_logprobs"].pop(), r"log-probabilities for \d tokens"),
     "null": (lambda c: c[0]["logprobs"]["token_logprobs"].__setitem__(0, None), "not finite"),
     "nan": (lambda c: c[0]["logprobs"]["token_logprobs"].__setitem__(0, math.nan), "not finite"),
     "unknown token": (lambda c: c[0].update(token_ids=[999] * 6, finish_reason="length"), r"token 999, but the policy"),
     "another end": (
         lambda c: c[0].update(token_ids=[5], finish_reason="stop"),
-        r"ends completions elsewhere \(stop: \[5\]\)",
+        r"did not end a completion at one of the end tokens \[1\] \(stop: \[5\]\)",
     ),
-    "wrote on": (lambda c: c[0].update(token_ids=[1] * 6, finish_reason="length"), r"elsewhere \(length: \[1, 1"),
+    "wrote on": (
+        lambda c: c[0].update(token_ids=[1] * 6, finish_reason="length"),
+        r"end tokens \[1\] \(length: \[1, 1",
+    ),
     "context too short": (lambda c: c[0].update(token_ids=[5] * 3, finish_reason="length"), r"after 3 of at most 6"),
-    "broken off": (lambda c: c[0].update(finish_reason="abort"), r"broke off a completion .*\(abort\)"),
+    "broken off": (lambda c: c[0].update(finish_reason="abort"), r"stopped a completion early.*\(abort\)"),
     "empty": (lambda c: c[0].update(token_ids=[]), r"after 0 of at most 6 tokens"),
-    "no token ids": (lambda c: c[0].pop("token_ids"), r"not as vLLM 0\.22 or newer does: KeyError\('token_ids'\)"),
+    "no token ids": (lambda c: c[0].pop("token_ids"), r"not answer like vLLM 0\.22 or newer: KeyError\('token_ids'\)"),
     "too long": (lambda c: c[0].update(token_ids=[5] * 7), r"after 7 of at most 6 tokens"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "words"), FAULTS.values(), ids=FAULTS)
-def test_an_answer_that_is_not_what_was_asked_for_is_refused(tmp_path, server, spoil, words):
+def test_an_invalid_answer_is_refused(tmp_path, server, spoil, words):
     run = through(server, tmp_path)
 
     def answer(path, content):
@@ -305,7 +308,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(tmp_path, server, s
         next(run.steps())
 
 
-def test_an_end_at_the_longest_length_is_an_end_whichever_reason_is_given_first(tmp_path, server):
+def test_an_end_token_at_the_maximum_length_ends_the_completion(tmp_path, server):
     run = through(server, tmp_path, max_new_tokens=1)
 
     def answer(path, content):
@@ -324,7 +327,7 @@ def test_a_cache_that_is_kept_is_an_error(tmp_path, server):
         next(run.steps())
 
 
-def test_settings_that_cannot_be_are_refused_with_the_reason():
+def test_invalid_settings_are_refused_with_the_reason():
     for truncation in ({"top_k": 50, "top_p": 1.0}, {"top_k": 0, "top_p": 0.9}):
         with pytest.raises(ValueError, match=r"needs top_k 0 and top_p 1\.0.*could not be scored"):
             GRPOConfig(sampler="vllm", **truncation)
@@ -336,5 +339,5 @@ def test_settings_that_cannot_be_are_refused_with_the_reason():
 
 def test_truncation_in_a_single_call_is_refused_too(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
-    with pytest.raises(ValueError, match="cannot score what is truncated: top_k=5"):
+    with pytest.raises(ValueError, match="got top_k=5"):
         run.sample(PROMPTS[:1], run._uniforms(1, "x", 0), 1, top_k=5)
