@@ -1,4 +1,4 @@
-"""What moves on to TRL, what does not, and that nothing is forgotten; tests/test_trl.py compares the numbers."""
+"""Which settings are converted for TRL, which are refused, and that none is missing; test_trl.py compares numbers."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from grpo_lab.training.config import PRESETS, field_types
 
 trl = pytest.importorskip("trl", minversion="1.16")
 
-# TRL asks transformers for this by its old name
+# TRL uses the old name of this property of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 PAGE = (Path(__file__).parents[1] / "docs" / "MOVING_ON.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ BASE = GRPOConfig(top_k=0, top_p=1.0, device="cpu", precision="fp32", aggregatio
 
 # --- settings ---------------------------------------------------------------------------------------------
 
-# another value of each field, with what else it needs; of the others one is made up below
+# another value of each field, with other fields that it needs; `another` makes up the rest
 ANOTHER = {
     "top_p": {"top_p": 0.9}, "gamma": {"gamma": 0.9}, "clip_range": {"clip_range": 0.1},
     "clip_range_high": {"clip_range_high": 0.28}, "max_steps": {"max_steps": 7}, "lora_rank": {"lora_rank": 4},
@@ -56,7 +56,7 @@ def another(name):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(GRPOConfig)])
 def test_every_setting_is_translated_or_refused_or_listed_as_meaning_nothing_there(monkeypatch, name):
-    monkeypatch.setattr(interop, "resolve_device", {"cpu": "cpu", "cuda": "cuda"}.get)  # as if there were one
+    monkeypatch.setattr(interop, "resolve_device", {"cpu": "cpu", "cuda": "cuda"}.get)  # as if a GPU were available
     changed = BASE.replace(**another(name))
     try:
         said = to_trl(changed).to_dict() != to_trl(BASE).to_dict()
@@ -71,7 +71,7 @@ def test_what_has_a_name_there_has_the_same_value(ours, theirs):
     assert getattr(to_trl(changed), theirs) == getattr(changed, ours)
 
 
-# settings, the one that is named, and what the error advises
+# settings, the name in the error, and the cure in the error
 REFUSED = [
     ({"top_k": 50}, "top_k", {"top_k": 0}),
     ({"top_p": 0.9}, "top_p", {"top_p": 1.0}),
@@ -165,7 +165,7 @@ def test_off_is_off_in_the_words_of_trl():
     args = to_trl(BASE.replace(max_grad_norm=float("inf")))
     assert (args.max_grad_norm, args.max_steps, args.report_to) == (0.0, -1, [])
     assert (args.top_k, args.top_p, args.eval_strategy) == (0, 1.0, "no")
-    assert not args.gradient_checkpointing  # whose default is on there
+    assert not args.gradient_checkpointing  # TRL's default is True
 
 
 def test_the_optimizer_is_ours():
@@ -223,12 +223,12 @@ def test_without_trl_the_error_says_what_to_install(monkeypatch):
 
 # --- rewards ----------------------------------------------------------------------------------------------
 
-# what TRL hands over besides prompts, completions and columns
+# what TRL passes besides prompts, completions and columns
 EXTRAS = {"completion_ids": [[3], [4]], "trainer_state": object(), "log_extra": print, "log_metric": print}
 
 
 def said(*texts):
-    """Completions as TRL hands over those of chats."""
+    """Return completions as TRL passes those of chats."""
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
@@ -267,7 +267,7 @@ def test_a_reward_keeps_its_name_and_its_checks():
 
 def test_a_reward_can_be_stopped():
     def hang(prompts, completions):
-        threading.Event().wait(5)  # not for ever, should nothing stop it
+        threading.Event().wait(5)  # not forever, if nothing stops it
 
     with pytest.raises(TimeoutError, match=r"'hang' on 1 completions did not return within 0\.05 s"):
         to_trl_reward(hang, timeout=0.05)(prompts=["1+1="], completions=["2"])
@@ -300,7 +300,7 @@ def test_the_example_of_the_page_trains_two_steps(tmp_path, monkeypatch, prompts
         seen.extend(zip(prompts, completions, answer, strict=True))
         return [sum(map(ord, c)) % 7 / 4 for c in completions]
 
-    tiny_model().save_pretrained(tmp_path / "model")  # TRL's reference is what lies under the model's name
+    tiny_model().save_pretrained(tmp_path / "model")  # TRL loads the reference from the model's name
     names = {
         "model": AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
         "tokenizer": starting_tokenizer(TEMPLATE) if prompts[0] is CHAT else make_tokenizer(),

@@ -1,9 +1,8 @@
-"""TRL gets the same numbers from the same completions; where it does not, and on purpose, a test says what differs.
+"""TRL computes the same numbers from the same completions; where the two differ on purpose, a test says how.
 
-TRL's trainers run as they are: they tokenize the prompts, decode and reward the completions, score them under the
-policy and the reference, compare, average and go backward. Only the tokens that our sampler drew are handed to them,
-and their settings come from `to_trl`, which these tests prove.
-Weights are float64, so that rounding hides little; TRL rounds each log-probability to float32 all the same, hence 1e-6.
+TRL's trainers run unchanged, from tokenizing the prompts to the backward pass. Only the sampled token ids come from our
+sampler, and the settings from `to_trl`, which is tested by this. Weights are float64, to make rounding errors small;
+TRL rounds each log-probability to float32, hence the tolerance of 1e-6.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from grpo_lab.training.config import PRESETS
 trl = pytest.importorskip("trl", minversion="1.16")
 datasets = pytest.importorskip("datasets")
 
-# TRL asks transformers for this by its old name
+# TRL uses the old name of this property of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 PROMPTS = ["1,2,3:2=", "1,2,12:10=", "7,8,9:24=", "11,12,13:0="]  # of several lengths, hence left padding
@@ -36,7 +35,7 @@ SETTINGS = {
     "seed": 3, "num_iterations": 3, "learning_rate": 1e-3, "lr_scheduler": "constant", "warmup_steps": 0,
     "max_grad_norm": 1e9, "device": "cpu", "overwrite_output_dir": True,
 }  # fmt: skip
-# what TRL's page of papers and the help of its GRPOConfig say of each
+# from TRL's paper index and the documentation of its GRPOConfig
 RECIPES = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group", "importance_sampling_level": "token"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0},
@@ -48,7 +47,7 @@ RECIPES = {
     },
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
 }  # fmt: skip
-# how far an update moves the policy, so that the next ones find some tokens clipped and others not
+# learning rates with which later updates find some tokens clipped and others not
 RATE = {"gspo": 3e-6, "cispo": 1e-2}
 KL = 0.1
 UNEVEN = {"seed": 42}  # TRL deals completions to micro-batches at random; with this seed the halves differ
@@ -65,12 +64,12 @@ def nothing_leaves_the_machine(monkeypatch):
 
 
 def by_text(prompts, completions, **_):
-    """A reward function as both libraries want it: any number that differs between completions."""
+    """Return a number that differs between completions; a reward function for both libraries."""
     return [sum(map(ord, c)) % 7 / 4 for c in completions]
 
 
 def fixed(*columns):
-    """Reward functions that give these numbers, whatever was written; None: not scored."""
+    """Return reward functions that give these numbers for any completions; None: not scored."""
 
     def function(name, values):
         def reward(prompts, completions, **_):
@@ -84,7 +83,7 @@ def fixed(*columns):
 
 @dataclass
 class Step:
-    """What one optimizer step was made of."""
+    """Loss, gradient and metrics of one optimizer step."""
 
     loss: float
     gradient: Tensor
@@ -92,7 +91,7 @@ class Step:
 
 
 def same(one: Step, other: Step, *, to: float = 1e-6) -> bool:
-    """Loss and gradient; the loss is a mean of terms of size 1 that nearly cancel, so `to` is relative to these."""
+    """Compare loss (a mean of terms of size 1 that nearly cancel, so absolutely) and gradient (relatively)."""
     return abs(one.loss - other.loss) < to and distance(one.gradient, other.gradient) < to
 
 
@@ -105,8 +104,9 @@ def gradient(model) -> Tensor:
 
 
 def exact(model):
-    """Weights in float64, and rotary angles too: TRL counts padding as positions, which turns all angles alike, but
-    rounds them differently in float32.
+    """Convert weights and rotary angles to float64.
+
+    TRL counts padding as positions. That shifts all angles equally, but rounds them differently in float32.
     """
 
     def rotary(x, position_ids):
@@ -120,7 +120,7 @@ def exact(model):
 
 
 def collected(folder, preset="grpo", *, reward=by_text, parts=1, **changes):
-    """Our trainer and a batch that it has sampled and scored, in so many micro-batches; then all in float64."""
+    """Return our trainer and its first batch, in `parts` micro-batches, with the models in float64 afterwards."""
     sizes = {"batch_size": len(PROMPTS) // parts, "gradient_accumulation_steps": parts, "output_dir": str(folder)}
     rate = {"learning_rate": RATE.get(preset, 1e-3)}
     config = GRPOConfig(**SETTINGS | rate | PRESETS[preset] | sizes | changes)
@@ -148,13 +148,13 @@ def completion_ids(batch) -> list[list[int]]:
 
 
 class Twins:
-    """One policy, one reference, one reward and one set of completions, in our trainer and in TRL's.
+    """Our trainer and TRL's, with the same policy, reference, rewards and completions.
 
     Args:
         parts, their_parts: micro-batches per optimizer step.
         trainer: "GRPO" or "RLOO".
-        theirs: TRL's settings where they are to be no translation of ours; top_k among them has one draw the same
-            tokens, and score them under the whole distribution.
+        theirs: settings of TRL that replace the converted ones; with top_k, both use the same sampled tokens, and TRL
+            scores them under the whole distribution.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Twins:
         return torch.tensor([row["advantage"] for row in self.batch.completions]), theirs
 
     def update(self) -> tuple[Step, Step]:
-        """The same optimizer step in both, from our weights. TRL's metrics are means over its micro-batches."""
+        """Do one optimizer step in both, from our weights. TRL's metrics are means over its micro-batches."""
         model = self.trl.model
         model.load_state_dict(self.run.model.state_dict())
         model.zero_grad()
@@ -196,7 +196,7 @@ class Twins:
 
 
 def to_rloo(config, **changes):
-    """Our settings under the names of TRL's RLOOTrainer."""
+    """Return our settings as a `trl.RLOOConfig`."""
     settings = {
         "num_generations": config.num_generations_per_prompt, "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature, "num_iterations": config.num_iterations, "beta": config.kl_coef,
@@ -207,10 +207,10 @@ def to_rloo(config, **changes):
 
 
 def trl_trainer(folder, reward, prompts, args, kind="GRPO", prepare=lambda model: model):
-    """TRL's trainer of the policy `tiny_model()` and the reference `tiny_model(seed=7)`."""
+    """Return TRL's trainer with the policy `tiny_model()` and the reference `tiny_model(seed=7)`."""
     policy = prepare(tiny_model())
     tiny_model(seed=7).save_pretrained(folder / "reference")
-    policy.config.name_or_path = str(folder / "reference")  # where TRL looks for its reference
+    policy.config.name_or_path = str(folder / "reference")  # TRL loads its reference from here
     made = getattr(trl, f"{kind}Trainer")(
         policy, reward, args, datasets.Dataset.from_dict({"prompt": prompts}), processing_class=make_tokenizer()
     )
@@ -261,7 +261,7 @@ CLIPPED = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mea
     ids=str,
 )
 def test_loss_gradient_and_metrics_agree_at_every_update_of_a_rollout(tmp_path, preset, changes, parts, their_parts):
-    theirs = {"loss_type": "bnpo"} if preset == "bnpo" and their_parts == 1 else {}  # its translation is as dapo's
+    theirs = {"loss_type": "bnpo"} if preset == "bnpo" and their_parts == 1 else {}  # to_trl converts it to dapo
     twins = Twins(tmp_path, preset, parts=parts, their_parts=their_parts, theirs=theirs, **changes)
     config = twins.run.config
     per_update = {"entropy"} | ({"kl"} if config.kl_coef else set())
@@ -274,7 +274,7 @@ def test_loss_gradient_and_metrics_agree_at_every_update_of_a_rollout(tmp_path, 
         if their_parts == 1:
             for name in names:
                 assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-6, abs=1e-6), name
-    assert 0 < ours.metrics["clip_ratio/region_mean"] < 1  # or the later updates would have shown nothing new
+    assert 0 < ours.metrics["clip_ratio/region_mean"] < 1  # so that later updates test clipping
     assert len(set(map(len, completion_ids(twins.batch)))) > 5
 
 
@@ -285,7 +285,7 @@ def test_what_vllm_sampled_is_weighed_alike(tmp_path, correction, preset):
     tiny_model().save_pretrained(tmp_path / "served")
     with vllm_stand_in.serve(tmp_path / "served", noise=0.1) as server:
         twins = Twins(tmp_path, preset, theirs={"use_vllm": False}, vllm_server=server.url, **settings)
-    twins.trl.use_vllm = True  # as if the same had come from its own
+    twins.trl.use_vllm = True  # as if its own vLLM had sampled them
     ids, sampled = completion_ids(twins.batch), {}
     for part in twins.batch.parts:
         lists = part.rollouts.logprobs.tolist()
@@ -328,14 +328,14 @@ def test_a_whole_run_in_float32_ends_with_the_same_weights(tmp_path):
     theirs.train()
 
     for ours, logged in zip(records, theirs.state.log_history[:-1], strict=True):  # the last is a summary
-        shared = {"loss", "grad_norm", "learning_rate", "reward", "num_tokens"} & logged.keys()  # some per rollout
+        shared = {"loss", "grad_norm", "learning_rate", "reward", "num_tokens"} & logged.keys()  # some only per rollout
         assert {name: ours[name] for name in shared} == pytest.approx({name: logged[name] for name in shared}, rel=1e-5)
     start, ours, theirs = (
         torch.cat([p.detach().flatten() for p in model.parameters()])
         for model in (tiny_model(), run.model, theirs.model)
     )
     assert (theirs - start).abs().max() > 1e-3
-    # not of all: one weight of 20,064 has a first gradient of 2e-8, mere rounding, and AdamW divides it by itself
+    # not all: one weight of 20,064 has a first gradient of 2e-8, a rounding error, which AdamW normalises to 1
     assert ((ours - theirs).abs() < 1e-6).float().mean() > 0.999
 
 
@@ -397,7 +397,7 @@ def test_trl_scores_truncated_samples_under_the_whole_distribution(tmp_path):
 
 
 def test_trl_lets_padding_count_as_positions(tmp_path):
-    """Rotary angles see only differences; a model with learned positions reads a padded prompt elsewhere."""
+    """Rotary embeddings depend on differences of positions; learned positions of a padded prompt are shifted."""
     from trl.trainer.utils import add_fused_lm_head
 
     twins, model = Twins(tmp_path), tiny_architecture("gpt2")
@@ -432,7 +432,7 @@ def test_rloo_agrees_on_policy_and_weighs_the_later_updates_by_another_ratio(tmp
 
 
 def whole_ratio(twins) -> Tensor:
-    """[B] how much likelier each whole completion is now: our ratio to the power of its length."""
+    """Return [B] the probability ratio of each whole completion: our ratio to the power of its length."""
     (part,) = twins.batch.parts
     r = part.rollouts
     now = completion_logprobs(twins.run.model, r.input_ids, r.attention_mask, r.num_tokens, temperature=0.8)
@@ -441,7 +441,7 @@ def whole_ratio(twins) -> Tensor:
 
 
 def test_equal_rewards_are_exactly_zero_here_and_a_rounding_error_in_trl(tmp_path):
-    """(0.9 + 0.9 + 0.9) / 3 is not 0.9, and the standard deviation of nothing blows the rest up."""
+    """(0.9 + 0.9 + 0.9) / 3 is not 0.9, and dividing by a std of almost 0 makes the rounding error large."""
     ours, theirs = Twins(tmp_path, reward=fixed([0.9] * 12), num_generations_per_prompt=3).advantages()
     assert ours.count_nonzero() == 0
     assert 1e-5 < theirs.abs().max() < 1e-2

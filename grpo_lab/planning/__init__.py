@@ -1,4 +1,4 @@
-"""Will a run fit, and how long will it take? Memory and time, planned without running on the device.
+"""Estimate the memory and the time of a run without running it on the device.
 
-`plan` is the entry; it rehearses a step with tensors that have shapes and no values.
+`plan` is the entry point; it makes a dry run of one step on fake tensors, which have shapes and no values.
 """

@@ -1,7 +1,7 @@
-"""Will it fit, and how long will a step take? Known before the first weight is loaded.
+"""Estimate whether a run fits into memory and how long a step takes, before any weights are loaded.
 
-`plan(config, model)` is what the phases of a step take (phases.py) on a machine (machines.py), with what Python or the
-GPU's driver take; `nearest` looks for the run most like it that fits.
+`plan(config, model)` combines the cost of the phases of a step (phases.py) with a machine (machines.py); `nearest`
+searches for the most similar run that fits.
 """
 
 import math
@@ -17,9 +17,9 @@ from torch import nn
 from grpo_lab import pocket
 from grpo_lab.hardware.devices import resolve_device
 from grpo_lab.models.adapters import is_adapted
+from grpo_lab.planning.dry_run import size_of
 from grpo_lab.planning.machines import GIB, MACHINES, Machine, named_machine, precision_on, this_machine
-from grpo_lab.planning.phases import PARTS, Phase, Shape, rehearse
-from grpo_lab.planning.rehearsal import size_of
+from grpo_lab.planning.phases import CATEGORIES, Phase, Shape, simulate_step
 from grpo_lab.training.config import GRPOConfig
 
 PROMPT_TOKENS = 128
@@ -35,46 +35,49 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. `str(plan)` is a table."""
+    """Estimated memory and time of a run. `str(plan)` is a table."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     config: GRPOConfig
     machine: Machine
     precision: str
     prompt_tokens: int
-    rehearsed: tuple[Phase, ...]
+    simulated: tuple[Phase, ...]
     processes: int = 1
-    """Of which one is planned for; each has its own GPU, or its part of the main memory."""
+    """World size. The plan is for one process, which has its own GPU or its part of the main memory."""
 
     @cached_property
     def phases(self) -> dict[str, dict[str, int]]:
-        """Phase of a step -> part -> bytes at the phase's highest point."""
-        # with checkpointing or shards, freed memory goes back at once on a CPU: devices.return_freed_memory
+        """Phase of a step -> category -> bytes at the highest point of the phase."""
+        # on a CPU with checkpointing or FSDP, hardware.system.return_freed_memory makes the allocator keep nothing
         sharded = self.config.fsdp and self.processes > 1
         kept = self.machine.device != "cpu" or not (self.config.gradient_checkpointing or sharded)
-        return {phase.name: phase.on(self.machine, self.machine.reserve * kept) for phase in self.rehearsed}
+        return {phase.name: phase.on(self.machine, self.machine.reserve * kept) for phase in self.simulated}
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Phase of a step -> how long it takes at most, all its micro-batches together."""
-        return {phase.name: phase.seconds(self.machine, self.precision) for phase in self.rehearsed}
+        """Phase of a step -> upper bound of its time, for all micro-batches together."""
+        return {phase.name: phase.seconds(self.machine, self.precision) for phase in self.simulated}
 
     def on(self, machine: str | Machine) -> "Plan":
-        """The same on another machine, without rehearsing it again.
+        """Return the same plan for another machine, without another dry run.
 
-        Raises: ValueError if that one would compute otherwise: on another kind of device, or in another precision.
+        Raises: ValueError if the kind of device differs, or only one of the two would use fp32.
         """
         if not isinstance(machine, Machine):
             machine = named_machine(machine).part_for(self.config, self.processes)
         precision = precision_on(machine, self.config)
         if (machine.device, precision == "fp32") != (self.machine.device, self.precision == "fp32"):
-            raise ValueError(f"{machine.name} would compute otherwise than {self.machine.name}: plan for it anew.")
+            raise ValueError(
+                f"a plan for {self.machine.name} ({self.machine.device}, {self.precision}) cannot be moved to "
+                f"{machine.name} ({machine.device}, {precision}). Call plan() with that machine."
+            )
         return replace(self, machine=machine, precision=precision)
 
     @property
     def highest(self) -> str:
-        """The phase that needs the most memory."""
+        """Name of the phase that needs the most memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -84,31 +87,31 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Is there room for the peak?"""
+        """Return True if the peak is within the machine's memory."""
         return self.peak <= self.machine.memory
 
     @property
     def verdict(self) -> str:
-        """Whether it fits, in a sentence."""
+        """Return one sentence that says whether the run fits, and how long a step takes."""
         share = self.peak / self.machine.memory
         words = "does not fit" if share > 1 else "fits, but barely" if share > 1 / 1.15 else "fits"
         return (
-            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self.machine.name}{self._of}, "
+            f"{words}: {self.peak / GIB:.2f} of {self.machine.memory / GIB:.2f} GiB on {self._where}, "
             f"highest in {self.highest}; up to {_time(sum(self.seconds.values()))} a step"
         )
 
     @property
-    def _of(self) -> str:
-        return f", each of {self.processes} processes" if self.processes > 1 else ""
+    def _where(self) -> str:
+        return self.machine.name + (f", each of {self.processes} processes" if self.processes > 1 else "")
 
     def __str__(self) -> str:
-        config, rows = self.config, [part for part in PARTS if any(p[part] for p in self.phases.values())]
+        config, rows = self.config, [key for key in CATEGORIES if any(phase[key] for phase in self.phases.values())]
         settings = f"K {config.num_generations_per_prompt} × {config.batch_size} prompts at a time"
         lengths = f"{self.prompt_tokens} + {config.max_new_tokens} tokens, {self.precision}"
-        lines = [f"{self.name} on {self.machine.name}{self._of}: {settings}, {lengths}", ""]
+        lines = [f"{self.name} on {self._where}: {settings}, {lengths}", ""]
         lines.append(f"{'GiB':17}" + "".join(f"{phase:>12}" for phase in self.phases))
-        for part in rows:
-            lines.append(f"{part:17}" + "".join(f"{p[part] / GIB:12.2f}" for p in self.phases.values()))
+        for key in rows:
+            lines.append(f"{key:17}" + "".join(f"{phase[key] / GIB:12.2f}" for phase in self.phases.values()))
         lines.append(f"{'all':17}" + "".join(f"{sum(p.values()) / GIB:12.2f}" for p in self.phases.values()))
         lines.append(f"{'time a step':17}" + "".join(f"{_time(self.seconds[phase]):>12}" for phase in self.phases))
         source = "measured just now" if self.machine.measured else "looked up, its efficiency assumed"
@@ -129,22 +132,23 @@ def plan(
     processes: int = 1,
     name: str | None = None,
 ) -> Plan:
-    """What would this run need, and is it there? Takes seconds for a model of billions of weights, and no memory.
+    """Estimate the memory and the time of a run. Takes seconds for billions of weights, and allocates none of them.
 
     Args:
-        config: None takes the defaults.
-        model: the policy as it would be given to the trainer; one on the meta device, without weights, will do.
-        reward_model: as the trainer takes it; functions need nothing.
-        machine: one of MACHINES by name, or None: this one, with what is free now.
-        prompt_tokens: of the longest prompt; None: 128, or what the model's context leaves.
-        processes: that share the run out, on GPUs of their own or one machine's cores; planned is what each takes.
-        name: of the model, for the table.
-    Raises: ValueError for an unknown machine, lengths that the model does not take, or fewer prompts than processes.
+        config: None means the defaults.
+        model: the policy as the trainer takes it; a model on the meta device, without weights, is enough.
+        reward_model: as the trainer takes it; reward functions need no memory.
+        machine: a Machine or the name of one of MACHINES; None means this machine, with its free memory.
+        prompt_tokens: length of the longest prompt; None means 128, or less if the model's context is shorter.
+        processes: world size; the processes have a GPU each or share the main memory. The plan is for one of them.
+        name: name of the model in the table.
+    Returns: the Plan of one process.
+    Raises: ValueError for an unknown machine, lengths above the model's context, or fewer prompts than processes.
     """
     config = config or GRPOConfig()
     if not 1 <= processes <= config.prompts_per_step:
         raise ValueError(
-            f"processes must be at least 1 and at most {config.prompts_per_step}, the prompts of a step, "
+            f"processes must be at least 1 and at most {config.prompts_per_step}, the number of prompts per step, "
             f"got {processes}. Raise --batch-size."
         )
     room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
@@ -157,55 +161,57 @@ def plan(
     if isinstance(machine, str):
         machine = named_machine(machine).part_for(config, processes)
     device = machine.device if machine else resolve_device(config.device)
-    judges = _judges(reward_model)
+    reward_models = _reward_models(reward_model)
     precision = precision_on(machine, config)
-    phases = rehearse(Shape.of(config, model, precision, prompt_tokens, processes), model, judges, device)
-    loaded = [t for m in (model, *judges) for t in (*m.parameters(), *m.buffers()) if t.device.type == "cpu"]
-    # last: what the rehearsal leaves behind is taken, too
+    phases = simulate_step(Shape.of(config, model, precision, prompt_tokens, processes), model, reward_models, device)
+    loaded = [t for m in (model, *reward_models) for t in (*m.parameters(), *m.buffers()) if t.device.type == "cpu"]
+    # after the dry run, so that memory which it leaves in use is counted
     machine = machine or this_machine(config, size_of(loaded), processes)
     name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
     return Plan(name, config, machine, precision, prompt_tokens, tuple(phases), processes)
 
 
-def _judges(reward_model: nn.Module | Sequence | None) -> list[nn.Module]:
-    judges = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
-    models = [judge if isinstance(judge, nn.Module) else getattr(judge, "model", None) for judge in judges]
+def _reward_models(reward_model: nn.Module | Sequence | None) -> list[nn.Module]:
+    """Return the modules among the rewards, including those wrapped in a reward such as CausalLMReward."""
+    rewards = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    models = [reward if isinstance(reward, nn.Module) else getattr(reward, "model", None) for reward in rewards]
     return [model for model in models if isinstance(model, nn.Module)]
 
 
-# --- what would fit -----------------------------------------------------------------------------------------
+# --- the nearest run that fits ------------------------------------------------------------------------------
 
 
 def nearest(found: Plan, model: nn.Module, *, reward_model: nn.Module | Sequence | None = None) -> Plan | None:
-    """The plan that fits with the fewest changes: first those that change no number, then LoRA, then K, then length.
+    """Return the plan that fits with the mildest changes: micro-batch and checkpointing, then LoRA, K and length.
 
-    kl_coef is left alone, though 0 would need no reference: it is part of what is trained for.
+    kl_coef stays as it is, although 0 would save the reference: it is part of the training objective.
 
     Args:
         found: a plan that does not fit.
-        model, reward_model: as they were given to `plan`.
-    Returns: None if nothing does: take a smaller model.
+        model, reward_model: as given to `plan`.
+    Returns: None if nothing fits: use a smaller model.
     """
-    machine, judges = found.machine, _judges(reward_model)
+    machine, reward_models = found.machine, _reward_models(reward_model)
 
     @cache
-    def tried(level: int, number: int) -> Plan | None:
+    def plan_if_fits(level: int, number: int) -> Plan | None:
         config = found.config.replace(**levels[level][number])
         shape = Shape.of(config, model, found.precision, found.prompt_tokens, found.processes)
-        phases = rehearse(shape, model, judges, machine.device, machine.memory - machine.taken)
-        new = phases and replace(found, config=config, rehearsed=tuple(phases))
+        phases = simulate_step(shape, model, reward_models, machine.device, machine.memory - machine.taken)
+        new = phases and replace(found, config=config, simulated=tuple(phases))
         return new if new and new.fits else None
 
     levels = _levels(found.config, can_adapt=not is_adapted(model))
     for level, changes in enumerate(levels):
         last = len(changes) - 1
-        if tried(level, last) is not None:
-            return tried(level, bisect_left(range(last), True, key=lambda i: tried(level, i) is not None))
+        if plan_if_fits(level, last) is not None:
+            first = bisect_left(range(last), True, key=lambda i: plan_if_fits(level, i) is not None)
+            return plan_if_fits(level, first)
     return None
 
 
 def _levels(config: GRPOConfig, *, can_adapt: bool) -> list[list[dict[str, Any]]]:
-    """Changes from the mildest to the hardest; within a level, each needs less memory than the one before."""
+    """Return changes of the config, mildest level first; within a level, each needs less memory than the one before."""
     prompts = config.prompts_per_step
     smaller = [{"batch_size": b, "gradient_accumulation_steps": prompts // b}
                for b in range(config.batch_size - 1, 0, -1) if config.batch_size % b == 0]  # fmt: skip
@@ -225,11 +231,12 @@ def _levels(config: GRPOConfig, *, can_adapt: bool) -> list[list[dict[str, Any]]
 
 
 def _halves(value: int, least: int) -> list[int]:
+    """Return value / 2, value / 4, ..., down to `least`."""
     return [value // 2**i for i in range(1, value.bit_length()) if value // 2**i >= least]
 
 
 def what_fits(found: Plan, model: nn.Module, reward_model: nn.Module | Sequence | None = None) -> str:
-    """In a sentence, with the flags of the command line, the nearest plan that fits."""
+    """Return one sentence with the command-line flags of the nearest plan that fits."""
     near = nearest(found, model, reward_model=reward_model)
     if near is None:
         return f"Nothing near it fits on {found.machine.name}: a smaller model, or {_larger(found)}."
@@ -246,12 +253,12 @@ def _larger(found: Plan) -> str:
 
 
 def without_weights(name: str, *, judges: bool = False, trust_remote_code: bool = False) -> nn.Module:
-    """A model on the meta device, of a shape that is known here, or from the config.json of a folder or a Hub id.
+    """Return a model on the meta device, built from SHAPES or from the config.json of a folder or a Hub id.
 
     Args:
         name: "pocket", one of SHAPES, a folder or a Hub id.
-        judges: a sequence-classification model, not a causal LM.
-    Raises: ValueError if there is no config to be read.
+        judges: True for a sequence-classification model, False for a causal LM.
+    Raises: ValueError if the config cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
 
@@ -269,8 +276,8 @@ def without_weights(name: str, *, judges: bool = False, trust_remote_code: bool 
         except Exception as error:
             first_line = next(iter(str(error).splitlines()), "")
             raise ValueError(
-                f"could not read the shape of {name} ({type(error).__name__}: {first_line[:200]}). Without a network: "
-                f"a folder with a config.json, pocket, {', '.join(SHAPES)}."
+                f"could not read the config of {name} ({type(error).__name__}: {first_line[:200]}). Without a network, "
+                f"use a folder with a config.json, pocket, {', '.join(SHAPES)}."
             ) from error
     kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from grpo_lab.cli.main import main
 from grpo_lab.models.adapters import add_lora, load_adapter, merged
 from grpo_lab.models.forward import rebuilt
-from grpo_lab.planning.rehearsal import Rehearsal, size_of
+from grpo_lab.planning.dry_run import MemoryTracker, size_of
 from grpo_lab.training.checkpoints import DamagedCheckpointError, load_weights
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -112,30 +112,31 @@ def test_merging_gives_the_bits_of_peft_and_shares_what_has_no_adapter(name):
         assert (ours[part].data_ptr() in own) == (part not in adapted), part
 
 
-class BytesByDevice(Rehearsal):
-    """Count bytes by device; missing devices are simulated."""
+class BytesByDevice(MemoryTracker):
+    """Count bytes by device; the tensors are fake, so any device can be used."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = {"cuda": 0, "cpu": 0}
+        self.live = {"cuda": 0, "cpu": 0}
+        self.peaks = {"start": dict(self.live)}
 
-    def _kind(self, tensor):
+    def _category(self, tensor):
         return tensor.device.type
 
 
-def test_merging_needs_no_gpu_memory():
-    stage = BytesByDevice()
+def test_merging_takes_nothing_on_a_gpu():
+    tracker = BytesByDevice()
 
     def on_a_gpu(tensor):
-        with stage.fake:
+        with tracker.fake_mode:
             return torch.empty(tensor.shape, device="cuda")
 
     model = rebuilt(add_lora(tiny_model(), rank=2, alpha=32, seed=0), on_a_gpu)
-    stage.watch(model)
-    with stage, torch.no_grad():
+    tracker.exclude(model)
+    with tracker, torch.no_grad():
         plain = merged(model)
-    assert stage.peak["cuda"] == 0
-    assert stage.peak["cpu"] >= size_of(plain.parameters())
+    assert all(live["cuda"] == 0 for live in tracker.peaks.values())
+    assert max(live["cpu"] for live in tracker.peaks.values()) >= size_of(plain.parameters())
     assert {p.device.type for p in model.parameters()} == {"cuda"}
 
 

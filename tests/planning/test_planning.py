@@ -1,4 +1,4 @@
-"""The plan: bytes worked out by hand, a rehearsal that equals the run, and a verdict that stops one that cannot fit."""
+"""Plans: bytes by hand, a dry run that equals the real run, and a verdict that stops a run that cannot fit."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from grpo_lab.models.adapters import add_lora
 from grpo_lab.models.preparation import disable_dropout, enable_checkpointing
 from grpo_lab.planning import machines, phases
 from grpo_lab.planning import plan as planning
+from grpo_lab.planning.dry_run import MemoryTracker, empty_copy, size_of
 from grpo_lab.planning.plan import MACHINES, SHAPES, nearest, plan, what_fits, without_weights
-from grpo_lab.planning.rehearsal import Rehearsal, emptied, size_of
 from grpo_lab.rewards.reward_models import CausalLMReward
 from grpo_lab.rollout.scoring import completion_scores
 from grpo_lab.tasks.pocket.make import make_tokenizer
@@ -33,30 +33,30 @@ def planned(config=CONFIG, model=None, **settings):
 # --- bytes ----------------------------------------------------------------------------------------------------
 
 
-def test_what_stands_all_the_time_by_hand():
+def test_static_bytes_by_hand():
     model = tiny_model()
     V = model.config.vocab_size
-    # embedding and head; queries, keys, values and output with their biases; three matrices of the MLP; norms
+    # embedding and head; q, k, v with biases, and o; three matrices of the MLP; norms
     layer = (32 * 32 + 32) + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32
     weights = 2 * V * 32 + 2 * layer + 32
-    buffers = 2 * 4 * 4  # the frequencies of the rotary positions, kept twice
+    buffers = 2 * 4 * 4  # the rotary frequencies, stored twice
     found = planned(model=model).phases["sampling"]
     assert found["weights"] == found["reference"] == 4 * weights + buffers
-    assert (found["gradients"], found["optimizer"]) == (0, 8 * weights)  # gradients go after each step
+    assert (found["gradients"], found["optimizer"]) == (0, 8 * weights)  # gradients are freed after each step
 
 
 def test_the_cache_by_hand():
-    # keys and values of 2 layers, for 4 prompts x 4 completions, 2 heads of 8; the last token is not read
+    # keys and values of 2 layers, for 4 prompts x 4 completions, 2 heads of 8; the last token is never read
     assert planned().phases["sampling"]["cache"] == 2 * 2 * (4 * 4) * 2 * 8 * (PROMPT + 12 - 1) * 4
 
 
-def test_the_last_micro_batch_finds_gradients_and_a_single_one_does_not():
+def test_the_last_micro_batch_starts_with_gradients_and_a_single_one_without():
     several, single = planned(), planned(CONFIG.replace(gradient_accumulation_steps=1))
     weights = 4 * sum(p.numel() for p in tiny_model().parameters())
     assert several.phases["update"]["gradients"] >= weights > single.phases["update"]["gradients"]
 
 
-def test_what_could_have_been_drawn_is_kept_with_the_rollouts():
+def test_the_tokens_left_by_top_k_are_stored_with_the_rollouts():
     without, kept = planned(), planned(CONFIG.replace(top_k=5))
     # 5 ids of 8 bytes for each token of 2 x 2 prompts x 4 completions, twice
     assert kept.phases["update"]["rollouts"] - without.phases["update"]["rollouts"] == 2 * (16 * 12) * 5 * 8
@@ -74,14 +74,14 @@ def test_a_reference_costs_nothing_where_there_is_no_kl_or_an_adapter():
 
 def test_frozen_weights_stay_as_they_were_loaded_and_trained_ones_become_float32():
     half = tiny_model()
-    for weight in half.parameters():  # and no buffer, as from_pretrained has it
+    for weight in half.parameters():  # but no buffer, as from_pretrained does
         weight.data = weight.data.bfloat16()
     assert planned(model=half).phases["update"]["weights"] == planned().phases["update"]["weights"]
     frozen = planned(CONFIG.replace(lora_rank=2), half).phases["sampling"]["weights"]
     assert frozen < planned(CONFIG.replace(lora_rank=2)).phases["sampling"]["weights"]
 
 
-def test_a_reward_model_counts_and_the_policy_as_its_own_judge_does_not():
+def test_a_reward_model_counts_unless_it_is_the_policy():
     judge = Qwen2ForSequenceClassification(Qwen2Config(**tiny_model().config.to_dict() | {"num_labels": 1}))
     weights = size_of([*judge.parameters(), *judge.buffers()])
     model = tiny_model()
@@ -89,7 +89,7 @@ def test_a_reward_model_counts_and_the_policy_as_its_own_judge_does_not():
     assert planned(model=model, reward_model=model).phases["scoring"]["reward model"] == 0
 
 
-def test_averages_in_eight_bits_have_a_scale_for_256_of_them_and_small_weights_keep_theirs():
+def test_8_bit_moments_have_a_scale_per_256_and_small_weights_keep_float32():
     model = tiny_model(intermediate_size=256)
     large = 2 * 3 * 32 * 256  # the matrices of the MLP, of 8192 weights each
     small = sum(p.numel() for p in model.parameters()) - large
@@ -97,24 +97,24 @@ def test_averages_in_eight_bits_have_a_scale_for_256_of_them_and_small_weights_k
     assert found == 8 * small + 2 * large + 2 * 4 * large // 256
 
 
-def test_a_judge_inside_a_reward_counts_as_one_given_by_itself():
+def test_a_model_wrapped_in_a_reward_counts_like_the_model():
     judge = tiny_model(seed=1)
     with pytest.warns(UserWarning, match="is a demonstration"):
         reward = CausalLMReward(judge, make_tokenizer())
-    inside = planned(reward_model=[len, reward])
-    assert inside.phases == planned(reward_model=judge).phases
+    wrapped = planned(reward_model=[len, reward])
+    assert wrapped.phases == planned(reward_model=judge).phases
 
 
-def test_an_adapted_model_is_merged_in_main_memory_and_a_gpu_has_nothing_to_do_with_it():
+def test_an_adapter_is_merged_in_main_memory_and_not_on_the_gpu():
     config = CONFIG.replace(lora_rank=2)
     found = planned(config).phases
-    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of two layers, without embedding and head
+    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # two layers, without embedding and head
     assert found["saving"]["weights"] - found["sampling"]["weights"] == 4 * matrices
     assert "saving" not in planned(config, machine="H100").phases
     assert "saving" not in planned().phases
 
 
-def test_vllm_takes_its_part_of_the_gpu_and_no_cache_of_ours():
+def test_vllm_takes_its_part_of_the_gpu_and_our_kv_cache_is_not_needed():
     config = CONFIG.replace(sampler="vllm", vllm_gpu_memory=0.25)
     found, alone = (planned(c, machine="H100") for c in (config, CONFIG))
     assert found.phases["update"]["cache"] == found.phases["sampling"]["cache"] == 0
@@ -123,7 +123,7 @@ def test_vllm_takes_its_part_of_the_gpu_and_no_cache_of_ours():
     assert elsewhere.machine.taken == alone.machine.taken
 
 
-def test_of_several_processes_each_has_its_part_of_the_prompts_and_of_the_main_memory():
+def test_each_process_has_its_part_of_the_prompts_and_of_the_main_memory():
     two = planned(CONFIG.replace(batch_size=2, gradient_accumulation_steps=1), processes=2)
     assert two.phases == planned(CONFIG.replace(batch_size=1, gradient_accumulation_steps=1)).phases
     odd = planned(CONFIG.replace(batch_size=1, gradient_accumulation_steps=5), processes=2)  # 2 and 3 prompts
@@ -132,44 +132,44 @@ def test_of_several_processes_each_has_its_part_of_the_prompts_and_of_the_main_m
     assert (laptop, gpu) == (6 * GIB, MACHINES["H100"].memory)
     assert planned(machine="T4", processes=2).on("H100").processes == 2
     assert ", each of 2 processes" in two.verdict
-    with pytest.raises(ValueError, match="at most 4, the prompts of a step, got 5"):
+    with pytest.raises(ValueError, match=r"at most 4, .* got 5"):
         planned(processes=5)
 
 
-def test_shards_stand_beside_a_whole_copy_by_hand():
+def test_bytes_of_shards_and_full_copy_by_hand():
     config = CONFIG.replace(fsdp=True)
     whole, shards = (planned(config, processes=number).phases for number in (1, 2))
     assert whole == planned(CONFIG).phases
     weights = 4 * sum(p.numel() for p in tiny_model().parameters())
-    standing, before = shards["sampling"], whole["sampling"]
-    assert standing["optimizer"] == weights  # two averages, of half the weights
-    assert standing["weights"] - before["weights"] == weights // 2
-    assert standing["reference"] == before["reference"]
-    # while it updates: what belongs to no layer, and two layers, here all there are; as weights and as gradients
-    assert shards["update"]["weights"] - standing["weights"] == weights
+    static, before = shards["sampling"], whole["sampling"]
+    assert static["optimizer"] == weights  # two moments, of half the weights
+    assert static["weights"] - before["weights"] == weights // 2
+    assert static["reference"] == before["reference"]
+    # FSDP gathers what belongs to no layer, and two layers, here the whole model; as weights and as gradients
+    assert shards["update"]["weights"] - static["weights"] == weights
     assert shards["update"]["gradients"] >= weights // 2 + weights
-    assert shards["saving"]["weights"] - standing["weights"] == 2 * weights  # the optimizer's, gathered
+    assert shards["saving"]["weights"] - static["weights"] == 2 * weights  # the gathered optimizer state
 
 
-# --- the rehearsal beside the run -----------------------------------------------------------------------------
+# --- the dry run and the real run -----------------------------------------------------------------------------
 
 
-def counted(model, config, precision) -> Rehearsal:
-    """The same counting over a micro-batch of real numbers."""
+def tracked(model, config, precision) -> MemoryTracker:
+    """Run a micro-batch on real tensors, and count."""
     shape = phases.Shape.of(config, model, precision, PROMPT)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     disable_dropout(model)
-    inputs, how = shape.micro_batch()
-    stage = Rehearsal(pretend=False)
-    stage.watch(model)
+    inputs, options = shape.micro_batch()
+    tracker = MemoryTracker(fake=False)
+    tracker.exclude(model)
     model.train()
-    with stage:
+    with tracker:
         with shape.autocast():
-            logprobs = completion_scores(model, *inputs, **how).logprobs
-        stage.backward = True
+            logprobs = completion_scores(model, *inputs, **options).logprobs
+        tracker.is_backward = True
         logprobs.sum().backward()
-    return stage
+    return tracker
 
 
 @pytest.mark.parametrize(
@@ -182,23 +182,23 @@ def counted(model, config, precision) -> Rehearsal:
         ("qwen2", "fp32", {"top_k": 5}),
         ("gpt2", "fp32", {}),
         ("bloom", "fp32", {}),
-        ("gemma2", "fp32", {}),  # its logits are capped, so its head cannot be told apart
+        ("gemma2", "fp32", {}),  # caps its logits, so its head cannot be called separately
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else v,
 )
-def test_a_rehearsal_counts_what_a_run_makes(name, precision, changes):
+def test_a_dry_run_counts_the_memory_and_flops_of_a_real_run(name, precision, changes):
     config = CONFIG.replace(gradient_accumulation_steps=1, **changes)
     model = tiny_architecture(name, vocab_size=200)
     shape = phases.Shape.of(config, model, precision, PROMPT)
-    found = phases._update(phases._prepared(emptied(model), config), shape)
+    found = phases._update(phases._prepare(empty_copy(model), config), shape)
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
-    phases.completion_states(model, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)  # asked for its head before
-    real = counted(model, config, precision)
-    [(_, work)] = found.work
-    most = max(sum(parts.values()) for parts in real.moments.values())
-    assert sum(found.peak.values()) == pytest.approx(most, rel=0.02)
-    assert sum(w.flops for w in work) == pytest.approx(sum(w.flops for w in real.work), rel=0.02)
+    phases.completion_states(model, *2 * [torch.ones(1, 2, dtype=torch.long)], 1)  # cache the head check
+    real = tracked(model, config, precision)
+    [(_, operations)] = found.operations
+    peak = max(sum(live.values()) for live in real.peaks.values())
+    assert sum(found.peak.values()) == pytest.approx(peak, rel=0.02)
+    assert sum(op.flops for op in operations) == pytest.approx(sum(op.flops for op in real.operations), rel=0.02)
 
 
 def test_a_plan_leaves_the_model_as_it_was():
@@ -244,12 +244,12 @@ def test_this_machine_is_measured_and_counts_what_python_has_taken():
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
-def test_a_plan_moves_to_a_machine_of_its_kind_without_another_rehearsal():
+def test_a_plan_moves_to_a_machine_of_its_kind_without_another_dry_run():
     slow = planned(machine="T4")
     fast = slow.on("H100")
     assert (fast.precision, fast.machine.name, fast.peak) == ("bf16", "H100", slow.peak)
     assert fast.seconds["update"] <= slow.seconds["update"]
-    with pytest.raises(ValueError, match="laptop would compute otherwise than T4: plan for it anew"):
+    with pytest.raises(ValueError, match=r"cannot be moved to laptop \(cpu"):
         slow.on("laptop")
 
 
@@ -266,7 +266,7 @@ def test_known_shapes_have_as_many_weights_as_their_cards_say(name, weights):
 def test_a_folder_gives_its_shape_and_a_name_without_a_config_is_refused(model_folder, tmp_path):
     assert without_weights(model_folder).config.hidden_size == 32
     assert without_weights(model_folder, judges=True).config.num_labels == 2
-    with pytest.raises(ValueError, match=r"could not read the shape of .* a folder with a config\.json, pocket, Qwen"):
+    with pytest.raises(ValueError, match=r"could not read the config of .* a folder with a config\.json, pocket, Qwen"):
         without_weights(str(tmp_path))
 
 
