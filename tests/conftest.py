@@ -1,17 +1,21 @@
 """Small models that every test can afford, and one thread: two on a busy core are many times slower."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from grpo_lab.cli import main as cli
 from grpo_lab.tasks.pocket.make import make_tokenizer
 
 torch.set_num_threads(1)
@@ -99,3 +103,82 @@ def model_folder(tmp_path_factory):
     tiny_model(vocab_size=len(any_text), max_position_embeddings=128).save_pretrained(folder)
     any_text.save_pretrained(folder)
     return str(folder)
+
+
+# --- GSM8K without the Hub, and `grpo-lab train` on a tiny chat model ---------------------------------------
+
+# in GSM8K's format: calculations in << >>, thousands with a comma, a minus, and the answer after ####
+PROBLEMS = [
+    ("Natalia has 48 clips and gives half away. How many?", "She gives 48/2 = <<48/2=24>>24 clips.\n#### 24", 24),
+    (
+        "A car costs $1,000 and a van $200 more.",
+        "The van costs 1000 + 200 = $<<1000+200=1200>>1,200.\n#### 1,200",
+        1200,
+    ),
+    ("It is 3 degrees and falls by 10.", "It is then 3 - 10 = <<3-10=-7>>-7 degrees.\n#### -7", -7),
+]
+
+QUICK = ["--max-steps", "2", "--batch-size", "2", "--gradient-accumulation-steps", "1", "--max-new-tokens", "4"]
+QUICK += ["--warmup-steps", "0", "--num-generations", "2", "--eval-steps", "1"]
+
+
+def gsm8k_rows(copies: int):
+    """Return a `datasets.Dataset` in GSM8K's format with `copies` numbered variants of each problem."""
+    datasets = pytest.importorskip("datasets")
+    rows = [(f"{question} ({copy})", answer) for copy in range(copies) for question, answer, _ in PROBLEMS]
+    return datasets.Dataset.from_dict({"question": [q for q, _ in rows], "answer": [a for _, a in rows]})
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of problems in GSM8K's format."""
+    file = tmp_path / "problems.jsonl"
+    gsm8k_rows(2).to_json(str(file))
+    return str(file)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Replace `datasets.load_dataset` by one that returns rows in GSM8K's format; the list of its calls."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(**where):
+        asked.append(where)
+        return gsm8k_rows({"train": 4, "test": 5}[where["split"]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.fixture(scope="session")
+def chat_model(model_folder, tmp_path_factory):
+    """Folder of the tiny model with a chat template and room for a system prompt."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def train(chat_model, tmp_path, capsys):
+    """Run `grpo-lab train` on the tiny chat model; returns (exit status, stdout, error message)."""
+
+    def run(*arguments, model=chat_model):
+        status = cli.main(["train", "--model-name", model, "--output-dir", str(tmp_path / "out"), *QUICK, *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(s for s in captured.err.splitlines() if s.startswith("grpo-lab:"))
+
+    return run
+
+
+def parse_train(*arguments):
+    """Parse the flags of `grpo-lab train`."""
+    return cli.make_parser().parse_args(["train", *arguments])
+
+
+def lines_of(file):
+    """Return the rows of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Text in, numbers out: verifiable rewards, reward models, and the process in which foreign graders run.
+"""Rewards: verifiable reward functions, reward models, and the subprocess in which graders of other libraries run.
 
 Nothing here trains or samples.
 """

@@ -1,8 +1,8 @@
-"""Judges that are other people's libraries, in a process of its own that is stopped when an answer takes too long.
+"""Graders from math-verify and reasoning-gym, run in a subprocess that is killed when an answer takes too long.
 
-math-verify and reasoning-gym give what a model writes to SymPy, where nine characters, 9**9**9**9, compute for ever.
-Their own limits are signals, which neither a thread nor Windows has, and which wait for a long multiplication; a
-process can be ended. This file is also the program that runs there, so it imports nothing of this package.
+Both libraries pass a model's text to SymPy, where nine characters such as 9**9**9**9 may never finish. Their own time
+limits are signals, which do not work in threads or on Windows and cannot interrupt one long multiplication; a
+subprocess can always be killed. This file is also the subprocess's program, so it imports nothing else of this package.
 """
 
 import atexit
@@ -23,40 +23,40 @@ from functools import cache
 from typing import Any
 
 MAX_SECONDS = 3.0  # for one answer; usual ones take milliseconds
-STARTING_SECONDS = 120.0  # for the imports, on a busy machine
-MAX_ANSWER = 10_000  # characters that are read of an answer, from the end
-MEMORY = 2**32  # bytes that the process may have, where the system can say so
+STARTING_SECONDS = 120.0  # for the imports; a busy machine is slow
+MAX_ANSWER = 10_000  # characters of a completion that are graded, counted from its end
+MEMORY = 2**32  # bytes, the subprocess's limit where the system supports one
 
 
 def math_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence, **columns) -> list[float]:
-    r"""1 if the completion's final answer equals the answer as mathematics, 1/2 and \frac{1}{2} and 0.5, else 0.
+    r"""Return 1 if the completion's final answer is mathematically equal to the answer, such as 1/2 and 0.5, else 0.
 
-    Read is what stands behind the last `####`, else what math-verify finds: \boxed{} (several near each other are a set
-    of answers), a formula, or the last number. The answer column holds LaTeX, with or without $, a number, or a text
-    that ends in one of these forms. Needs the package math-verify.
+    The final answer is the text after the last `####`, else what math-verify finds: \boxed{} (several close together
+    are a set of answers), a formula, or the last number. The answer column holds LaTeX, with or without $, a number, or
+    a text that ends in one of these forms. Needs the package math-verify.
     """
-    judge = GraderProcess.of("math_verify")
-    return [judge.score(c[-MAX_ANSWER:], str(a)) for c, a in zip(completions, answer, strict=True)]
+    grader = GraderProcess.of("math_verify")
+    return [grader.score(c[-MAX_ANSWER:], str(a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def gym_score(name: str) -> Callable[..., list[float]]:
-    """The score, 0 to 1, of reasoning-gym's task of this name for what stands behind the last `####`, else for all.
+    """Return a reward function that scores, from 0 to 1, the text after the last `####`, else the whole completion.
 
-    The reward wants the column "problem": [seed, number, size, question's `checksum`], of which reasoning-gym makes the
-    problem again.
+    The scores are those of reasoning-gym's task of this name. The function needs the column "problem": [seed, index,
+    size, `checksum` of the question], from which reasoning-gym regenerates the problem.
     """
 
     def gym(prompts: Sequence, completions: Sequence[str], problem: Sequence, **columns) -> list[float]:
-        judge = GraderProcess.of("reasoning_gym", name)
+        grader = GraderProcess.of("reasoning_gym", name)
         answers = [c[-MAX_ANSWER:].rpartition("####")[2].strip() for c in completions]
-        return [judge.score(answer, p) for answer, p in zip(answers, problem, strict=True)]
+        return [grader.score(answer, p) for answer, p in zip(answers, problem, strict=True)]
 
     gym.__name__ = name
     return gym
 
 
 def checksum(question: str) -> int:
-    """Tells whether a problem that is made again is the same."""
+    """Return a CRC-32 of the question, to check that a regenerated problem is the same."""
     return zlib.crc32(question.encode("utf-8", "surrogatepass"))
 
 
@@ -64,13 +64,13 @@ PACKAGES = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
 
 
 def require_package(module: str) -> None:
-    """Raises ValueError with the command that installs the package, if it is not there."""
+    """Raise ValueError with the install command if the package is missing."""
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"this needs one more package: pip install -c constraints.txt {PACKAGES[module]}")
+        raise ValueError(f"this needs one more package: pip install {PACKAGES[module]}")
 
 
 class GraderProcess:
-    """A process that judges answers: those of one library, or of one of its tasks. It is started when first asked."""
+    """A subprocess that grades answers with one library, or one task of it; the first `score` starts it."""
 
     def __init__(self, module: str, task: str = ""):
         require_package(module)
@@ -82,20 +82,20 @@ class GraderProcess:
     @staticmethod
     @cache
     def of(module: str, task: str = "") -> "GraderProcess":
-        """The one process for it."""
+        """Return the shared instance for this library and task."""
         return GraderProcess(module, task)
 
-    def score(self, text: str, right: Any) -> float:
-        """What the judge gives; 0, with a warning, if it takes more than MAX_SECONDS, or ends over the text.
+    def score(self, text: str, reference: Any) -> float:
+        """Grade a text; 0, with a warning, if that takes more than MAX_SECONDS or ends the subprocess.
 
-        Raises: ValueError if the judge cannot work, or cannot read the right answer.
+        Raises: ValueError if the library cannot be used, or cannot read the reference answer.
         """
         with self.lock:
             if self.process is not None and self.process.poll() is not None:
-                self.stop()  # it ended since its last answer, which is not this one's fault
+                self.stop()  # it ended after its last reply; this text is not the cause
             if self.process is None:
                 self._start()
-            reply = self._exchange([text, right], MAX_SECONDS)
+            reply = self._exchange([text, reference], MAX_SECONDS)
         if reply is None:
             warnings.warn(
                 f"{PACKAGES[self.module]} takes more than {MAX_SECONDS:g} s for some answers, which score 0.",
@@ -106,14 +106,14 @@ class GraderProcess:
         return reply
 
     def stop(self) -> None:
-        """End the process; the next answer starts another."""
+        """Kill the subprocess; the next `score` starts another."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
             self.process = None
 
     def _start(self) -> None:
-        # -P: the folder of this file must not be searched for modules; what this process can import, that one can
+        # -P keeps this file's folder out of sys.path; PYTHONPATH lets the subprocess import all that this process can
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__, self.module, self.task, str(math.ceil(MAX_SECONDS) + 1)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="ascii",
@@ -123,16 +123,16 @@ class GraderProcess:
             raise ValueError(f"{PACKAGES[self.module]} does not start within {STARTING_SECONDS:g} s.")
 
     def _exchange(self, request: Any, seconds: float) -> float | None:
-        """A request and its reply, both a line of JSON; None if the process ended, by our hand or not."""
+        """Send a request and return the reply, both one line of JSON; None if the subprocess ended or was killed."""
         timer = threading.Timer(seconds, self.process.kill)
         timer.start()
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-        except OSError:  # it ended while we wrote
+        except OSError:  # the subprocess ended during the write
             line = ""
-        except BaseException:  # Ctrl-C: the reply that is on its way would be taken for the next one's
+        except BaseException:  # Ctrl-C: a late reply would be taken for the next request's
             self.stop()
             raise
         finally:
@@ -145,45 +145,45 @@ class GraderProcess:
         return reply
 
 
-# --- in that process -------------------------------------------------------------------------------------
+# --- in the subprocess -----------------------------------------------------------------------------------
 
 
 class UnreadableError(Exception):
-    """The right answer cannot be read."""
+    """The reference answer cannot be read."""
 
 
-def math_judge(_: str) -> Callable[[str, str], float]:
-    """Compares by math-verify, whose limits by signal are off."""
+def math_grader(_: str) -> Callable[[str, str], float]:
+    """Return a grader that compares with math-verify, its own time limits turned off."""
     from math_verify import parse, verify
 
-    def reading(text: str) -> list:
+    def parse_answer(text: str) -> list:
         _, mark, after = text.rpartition("####")
         if not mark and re.search(r"\$|\\boxed|\\\(|\\\[", text):
             return parse(text, parsing_timeout=None)
         formula = after.strip()
         return parse(f"${formula}$", parsing_timeout=None) or parse(formula, parsing_timeout=None)
 
-    def judge(text: str, right: str) -> float:
-        gold = reading(right)
+    def grade(text: str, reference: str) -> float:
+        gold = parse_answer(reference)
         if not gold:
-            raise UnreadableError(f"the answer column must hold LaTeX or numbers, got {right[:60]!r}")
-        found = reading(text) if "####" in text else parse(text, parsing_timeout=None)
+            raise UnreadableError(f"the answer column must hold LaTeX or numbers, got {reference[:60]!r}")
+        found = parse_answer(text) if "####" in text else parse(text, parsing_timeout=None)
         return float(verify(gold, found, timeout_seconds=None))
 
-    if judge(r"so it is \boxed{0.5}", r"\frac{1}{2}") != 1.0:
-        raise ImportError("it does not find that 0.5 is a half")
-    return judge
+    if grade(r"so it is \boxed{0.5}", r"\frac{1}{2}") != 1.0:
+        raise ImportError("its check that 0.5 equals 1/2 failed")
+    return grade
 
 
-# Some scorers of reasoning-gym run an answer as Python: eval(answer), sympy.parse_expr(answer). Without a call, an
-# attribute, an escape or a comment that hides one, what is left computes and does nothing else.
+# Some of reasoning-gym's scorers run an answer as Python: eval(answer), sympy.parse_expr(answer). An answer without
+# calls, attributes, and escapes or comments that could hide them can only compute.
 FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|abs"
-RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
-MAY_DO_MORE = re.compile(rf"__|[\\#@`]|\.\s*[^\W\d]|[\])}}'\"]\s*\(|(?!\b(?:{FUNCTIONS})\s*\()\b\w+\s*\(")
+EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
+UNSAFE = re.compile(rf"__|[\\#@`]|\.\s*[^\W\d]|[\])}}'\"]\s*\(|(?!\b(?:{FUNCTIONS})\s*\()\b\w+\s*\(")
 
 
-def gym_judge(name: str) -> Callable[[str, list[int]], float]:
-    """Scores by the task's own `score_answer`."""
+def gym_grader(name: str) -> Callable[[str, list[int]], float]:
+    """Return a grader that calls the task's own `score_answer`."""
     import inspect
 
     import reasoning_gym
@@ -193,29 +193,31 @@ def gym_judge(name: str) -> Callable[[str, list[int]], float]:
         return reasoning_gym.create_dataset(name, seed=seed, size=size)
 
     source = inspect.getsource(inspect.getmodule(type(dataset(0, 1))))
-    runs_answers = RUNS_ANSWERS.search(source) is not None
+    evaluates = EVALUATES.search(source) is not None
 
     @cache
-    def problem(seed: int, number: int, size: int, question: int) -> dict[str, Any]:
-        made = dataset(seed, size)[number]
-        if checksum(made["question"]) != question:  # its order of drawing hangs on the order of a set
+    def problem(seed: int, index: int, size: int, expected: int) -> dict[str, Any]:
+        entry = dataset(seed, size)[index]
+        # some tasks iterate over a set, whose order depends on the hash seed
+        if checksum(entry["question"]) != expected:
             raise UnreadableError(f"{name} makes another problem each time. Set PYTHONHASHSEED=0 for the whole run.")
-        return made
+        return entry
 
-    def judge(text: str, right: list[int]) -> float:
-        if runs_answers and MAY_DO_MORE.search(text):
+    def grade(text: str, reference: list[int]) -> float:
+        if evaluates and UNSAFE.search(text):
             return 0.0
-        return float(dataset(right[0], right[2]).score_answer(answer=text, entry=problem(*right)))
+        seed, _, size, _ = reference
+        return float(dataset(seed, size).score_answer(answer=text, entry=problem(*reference)))
 
-    return judge
+    return grade
 
 
-def serve(module: str, task: str, last: str) -> None:
-    """Answer each line of standard input by one on standard output, a number or a sentence, until there is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the run, which ends this process
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
+def serve(module: str, task: str, alarm_seconds: str) -> None:
+    """Reply to each line of stdin with one line on stdout, a number or an error message, until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which kills this process
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has no alarm
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # a library's prints go to stderr, not between the replies
 
     def reply(value: float | str) -> None:
         replies.write(json.dumps(value) + "\n")
@@ -224,26 +226,26 @@ def serve(module: str, task: str, last: str) -> None:
     if os.name == "posix":
         import resource
 
-        with suppress(ValueError, OSError):  # a lower limit is there already
+        with suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
-        judge = {"math_verify": math_judge, "reasoning_gym": gym_judge}[module](task)
+        grade = {"math_verify": math_grader, "reasoning_gym": gym_grader}[module](task)
     except Exception as error:
-        judge = None
+        grade = None
         problem = f"{PACKAGES[module]} cannot be used here ({type(error).__name__}: {error})."
     for line in sys.stdin:
         request = json.loads(line)
-        if judge is None:
+        if grade is None:
             reply(problem)
         elif request is None:
             reply(1.0)
         else:
-            alarm(int(last))  # ends this process, should the one that was to end it be gone
+            alarm(int(alarm_seconds))  # ends this process if the parent is gone and cannot kill it
             try:
-                reply(judge(*request))
+                reply(grade(*request))
             except UnreadableError as error:
                 reply(str(error))
-            except Exception:  # of the library, over a text that is no answer
+            except Exception:  # the library failed on a malformed answer
                 reply(0.0)
             alarm(0)
 

@@ -1,7 +1,7 @@
-"""What judges a completion: a callable, a model, or a list of them, behind one protocol.
+"""Reward models and reward functions behind one interface.
 
-A reward function is called as `f(prompts, completions, **columns)` and returns one number per
-completion, or None where it does not score. Models are wrapped into such functions here.
+A reward function is called as `f(prompts, completions, **columns)` and returns one number per completion, or None for a
+completion that it does not score. Models are wrapped into such functions.
 """
 
 import inspect
@@ -25,19 +25,19 @@ from grpo_lab.rollout.sampling import left_pad, pad_token_id
 from grpo_lab.rollout.scoring import completion_logprobs
 
 LARGEST_REWARD = 1e15  # its square, in a standard deviation, still fits into float32
-PATIENCE = 60.0  # seconds until a reward function that is still running is named
+PATIENCE = 60.0  # seconds after which a running reward function is warned about
 
 RewardModel = nn.Module | RewardFunction | Sequence[nn.Module | RewardFunction]
 
 
 class SequenceClassifierReward:
-    """The single logit of an `AutoModelForSequenceClassification` with `num_labels=1`.
+    """Reward with the logit of an `AutoModelForSequenceClassification` that has `num_labels=1`.
 
-    A chat is written out by the tokenizer's chat template; a text prompt and its completion are joined.
+    A chat is rendered with the tokenizer's chat template; a text prompt and its completion are concatenated.
 
     Args:
         model: the classifier.
-        tokenizer: the one it was trained with, not necessarily the policy's.
+        tokenizer: the classifier's tokenizer; it may differ from the policy's.
     Raises: ValueError if the model has more than one output.
     """
 
@@ -52,14 +52,15 @@ class SequenceClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One logit per completion, in whatever unit the model was trained to give."""
+        """Return one logit per completion."""
         fill = pad_token_id(self.tokenizer, self.model)
         rows = [self._ids(p, c) or [fill] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
         pad = self.pad_id
         if pad is None:
-            # The model judges at the last token that is not padding. It has none of its own, so take one that ends
-            # no text: the tokenizer's, often its end token, would make the model judge one token early.
+            # The model takes the logit at the last token that is not padding, and its config names no padding token.
+            # The tokenizer's is often <eos>, which may end a text and would move the logit one token back; so choose
+            # an id that ends no text.
             pad = next(i for i in count() if all(row[-1] != i for row in rows))
             self.model.config.pad_token_id = pad
         device = next(self.model.parameters()).device
@@ -76,18 +77,18 @@ class SequenceClassifierReward:
         if self.tokenizer.chat_template is None:
             return self.tokenizer("\n".join(message["content"] for message in chat))["input_ids"]
         text = chat_text(self.tokenizer, chat)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
 
 
 class CausalLMReward:
-    """How likely a causal LM finds a completion: the mean log-probability per token, in nats.
+    """Reward with a causal LM's mean log-probability per completion token, in nats.
 
-    A demonstration that needs no other model. It rewards what is fluent and short of surprises, not what
-    is right or useful, so it warns when it is made.
+    A demonstration that needs no trained reward model. It rewards likely text, not correct or useful text, so it warns
+    when it is created.
 
     Args:
-        model: the language model; the policy itself will do.
-        tokenizer: its tokenizer.
+        model: the language model; it may be the policy itself.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, model: nn.Module, tokenizer):
@@ -100,9 +101,9 @@ class CausalLMReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One mean log-probability per completion, in nats per token, at most 0."""
+        """Return one mean log-probability per completion, in nats per token, at most 0."""
         heads = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        # an empty completion is judged by its only token, the end
+        # an empty completion is scored by its <eos>
         end = self.tokenizer.eos_token_id
         ends = [pad_token_id(self.tokenizer, self.model) if end is None else end]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or ends for c in completions]
@@ -119,29 +120,29 @@ class CausalLMReward:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the reward functions said about B completions."""
+    """The rewards of B completions."""
 
     total: Tensor
-    """[B] float32, the weighted sum; NaN where no function scored."""
+    """[B] float32, weighted sum over the functions; NaN where no function scored."""
     parts: dict[str, Tensor]
-    """Function's name -> [B] float32, unweighted; NaN where it did not score."""
+    """Function name -> [B] float32, unweighted; NaN where it did not score."""
 
     @property
     def first(self) -> Tensor:
-        """[B] what the first function said, unweighted: it decides what is right."""
+        """[B] unweighted rewards of the first function, which decides what counts as right."""
         return next(iter(self.parts.values()))
 
 
 class Rewards:
-    """One or several reward functions with weights, whose answers are checked.
+    """Call one or several reward functions, check what they return, and sum it with weights.
 
     Args:
         reward_model: a model, a callable, or a list of them.
-        tokenizer: the policy's; models are given it. Another one? Wrap the model yourself:
+        tokenizer: the policy's, used for models too. A model with another tokenizer must be wrapped:
             SequenceClassifierReward(model, its_tokenizer).
         weights: one per function; None means 1 each.
-        timeout: seconds for one call of one function, which then runs in a thread; None: no limit, and no thread.
-    Raises: ValueError if weights and functions differ in number, TypeError for what is neither model nor callable.
+        timeout: seconds for one call of one function, which then runs in a thread; None: no limit, no thread.
+    Raises: ValueError if weights and functions differ in number, TypeError if one is neither a model nor a callable.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Rewards:
         """Score B completions; `prompts` and each column have B entries too.
 
         Raises: ValueError that names the function, and the completion, if a function raises, returns the wrong
-            number of values, something that is no number, or an infinite value; TimeoutError if it takes too long.
+            number of values, a value that is not a number, or an infinite one; TimeoutError after `timeout` seconds.
         """
         parts = {
             name: _call(function, name, prompts, completions, columns, self.timeout)
@@ -186,24 +187,24 @@ class Rewards:
         return Scored(weighted.where(~stacked.isnan().all(0), torch.nan), parts)
 
 
-def _as_function(judge: nn.Module | RewardFunction, tokenizer) -> RewardFunction:
-    if isinstance(judge, nn.Module):
-        is_classifier = "SequenceClassification" in type(judge).__name__
-        return (SequenceClassifierReward if is_classifier else CausalLMReward)(judge, tokenizer)
-    if not callable(judge):
-        raise TypeError(f"a reward model is a model or a callable f(prompts, completions, **columns), got {judge!r}.")
-    return judge
+def _as_function(reward: nn.Module | RewardFunction, tokenizer) -> RewardFunction:
+    if isinstance(reward, nn.Module):
+        is_classifier = "SequenceClassification" in type(reward).__name__
+        return (SequenceClassifierReward if is_classifier else CausalLMReward)(reward, tokenizer)
+    if not callable(reward):
+        raise TypeError(f"a reward model is a model or a callable f(prompts, completions, **columns), got {reward!r}.")
+    return reward
 
 
 def _call(function: Callable, name: str, prompts, completions, columns: dict[str, list], timeout) -> Tensor:
     size = len(completions)
 
-    def ask() -> Any:
-        values = function(prompts, completions, **_wanted(function, columns))
+    def evaluate() -> Any:
+        values = function(prompts, completions, **_accepted_columns(function, columns))
         return list(islice(values, size + 1)) if isinstance(values, Iterable) else values
 
     try:
-        values = _in_time(ask, f"the reward function {name!r} on {size} completions", timeout)
+        values = _with_timeout(evaluate, f"the reward function {name!r} on {size} completions", timeout)
     except _TooSlowError:
         raise
     except (Exception, SystemExit) as error:
@@ -221,7 +222,7 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
         try:
             too_large = math.fabs(value) > LARGEST_REWARD
         except OverflowError:
-            too_large, value = True, math.inf  # an int with more digits than could be shown
+            too_large, value = True, math.inf  # an int too large for a float
         except (TypeError, ValueError):
             raise ValueError(f"the reward function {name!r} must return numbers or None, got {value!r}.") from None
         if too_large:
@@ -236,11 +237,11 @@ class _TooSlowError(TimeoutError):
     pass
 
 
-def _in_time(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
-    """What `work()` returns. With a timeout it runs in a thread of its own, the only thing that can be left behind."""
+def _with_timeout(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
+    """Return `work()`. With a timeout it runs in a daemon thread, because only a thread can be abandoned."""
     if timeout is None:
-        words = f"{what} has run for {PATIENCE:g} s. Does it hang? --reward-timeout SECONDS would stop it."
-        notice = threading.Timer(PATIENCE, warnings.warn, [words, RuntimeWarning])
+        message = f"{what} has run for {PATIENCE:g} s. Does it hang? --reward-timeout SECONDS would stop it."
+        notice = threading.Timer(PATIENCE, warnings.warn, [message, RuntimeWarning])
         notice.daemon = True
         notice.start()
         try:
@@ -261,18 +262,18 @@ def _in_time(work: Callable[[], Any], what: str, timeout: float | None) -> Any:
     while not outcome.done():
         if time.monotonic() - began > timeout:
             raise _TooSlowError(
-                f"{what} did not return within {timeout:g} s (reward_timeout). Mend it, or allow it more time, "
-                "and go on with --resume (resume=True)."
+                f"{what} did not return within {timeout:g} s (reward_timeout). Fix it or raise the "
+                "limit, then continue with --resume (resume=True)."
             )
-        thread.join(min(timeout, 0.2))  # in slices: on Windows, Ctrl-C is heard only between them
+        thread.join(min(timeout, 0.2))  # in slices: on Windows, Ctrl-C is handled only between them
     return outcome.result()
 
 
-def _wanted(function: Callable, columns: dict[str, list]) -> dict[str, list]:
-    """The columns that the function takes: all with **columns, else those it names."""
+def _accepted_columns(function: Callable, columns: dict[str, list]) -> dict[str, list]:
+    """Return the columns that the function accepts: all if it has **columns, else those it names."""
     parameters = inspect.signature(function).parameters
     for name, parameter in list(parameters.items())[2:]:
-        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # by position or keyword
+        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # positional or keyword
         if needed and name not in columns:
             raise LookupError(f"it needs the column {name!r}, and the dataset has {', '.join(['prompt', *columns])}")
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

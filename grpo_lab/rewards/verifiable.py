@@ -1,8 +1,8 @@
-"""Verifiable rewards: text and answer in, a number out. No model, no network; nothing is ever `eval`ed.
+"""Verifiable rewards: a number from a completion and the answer. No model, no network; nothing is ever `eval`ed.
 
-Every reward function has the signature `f(prompts, completions, **columns) -> list[float | None]`, where
-a column is what the dataset says beside the prompt, and None means "I do not score this one".
-What a model writes is hostile input: parsing has limits, and whatever does not parse scores 0.
+Every reward function has the signature `f(prompts, completions, **columns) -> list[float | None]`, where the columns
+are the dataset's other columns, and None means that the completion is not scored.
+A completion is untrusted input: parsing has limits, and text that does not parse scores 0.
 """
 
 import ast
@@ -18,13 +18,13 @@ from grpo_lab.rewards.isolated import math_answer
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-MAX_EXPRESSION = 100  # characters; a longer one is not an answer but an attack on the parser
-MAX_TEXT = 100_000  # characters that are searched for an answer, from the end
-MAX_SECONDS = 0.5  # for one match of a pattern that a user wrote
+MAX_EXPRESSION = 100  # characters; a longer text is not parsed
+MAX_TEXT = 100_000  # characters that are searched for an answer, counted from the end
+MAX_SECONDS = 0.5  # for one match of a user's pattern
 
 
 def countdown(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """1 if the completion is an expression that uses each number of the prompt once and hits its target, else 0.
+    """Return 1 if the completion is an expression that uses each number of the prompt once and hits its target, else 0.
 
     >>> countdown(["3,5,7:22="] * 4, ["3*5+7", "7+5*3", "3*5", "22"])
     [1.0, 1.0, 0.0, 0.0]
@@ -33,7 +33,7 @@ def countdown(prompts: Sequence[str], completions: Sequence[str], **columns) -> 
 
 
 def solves(prompt: str, expression: str) -> bool:
-    """Does the expression use each number of a Countdown prompt such as "3,5,7:22=" once and hit its target?"""
+    """Return whether the expression uses each number of a prompt such as "3,5,7:22=" once and hits its target."""
     match = re.fullmatch(r"(\d{1,9}(?:,\d{1,9})*):(\d{1,9})=", prompt.strip())
     if match is None:
         raise ValueError(f'a Countdown prompt looks like "3,5,7:22=", got {prompt[:60]!r}')
@@ -42,9 +42,9 @@ def solves(prompt: str, expression: str) -> bool:
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an expression in + - * / ( ), and the numbers it uses in ascending order.
+    """Return the exact value of an expression in + - * / ( ), and the numbers it uses in ascending order.
 
-    Returns: None for anything else: other characters, powers, signs before a number, division by zero,
+    Returns: None for any other text: other characters, powers, signs before a number, division by zero,
         more than MAX_EXPRESSION characters or numbers of more than nine digits.
 
     >>> evaluate_expression("(7-5)/3")
@@ -80,7 +80,7 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
 
 
 def exact_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
-    """1 if the completion is the answer, spaces at the ends aside, else 0.
+    """Return 1 if the completion equals the answer, apart from spaces at the ends, else 0.
 
     >>> exact_answer(["2+2="] * 2, [" 4", "5"], answer=["4", "4"])
     [1.0, 0.0]
@@ -89,7 +89,7 @@ def exact_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence
 
 
 def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence, **columns) -> list[float]:
-    """1 if the completion's final number equals the answer's, else 0.
+    """Return 1 if the completion's final number equals the answer's, else 0.
 
     The final number is the first one after the last `####` (the form of GSM8K), else the last one in the text.
 
@@ -105,7 +105,7 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
 
 
 # A minus right after a digit or a bracket is an operator, not a sign: "5-3" ends in 3.
-# A number is read whole, however long: the tail of a long one is another number. So is a fraction; a date is none.
+# A long number is matched whole, because its last digits alone are another number. 3/4 is a fraction, 3/4/2020 is not.
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(
     rf"(?:(?<![)\w.])[-\u2212])?\$?"
@@ -114,7 +114,7 @@ _NUMBER = re.compile(
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number a solution ends with, exactly; None if there is none. See `numeric_answer` for which one it is.
+    """Return a text's final number exactly, or None; `numeric_answer` says which number that is.
 
     >>> final_number("12 - 5 = 7"), final_number("#### $1,000"), final_number("a half, 1/2"), final_number("minus five")
     (Fraction(7, 1), Fraction(1000, 1), Fraction(1, 2), None)
@@ -131,9 +131,9 @@ def final_number(text: str) -> Fraction | None:
 
 
 def marked_answer(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
-    """1 if the completion ends with a line `#### answer`, and has no other such mark, else 0: the form of GSM8K.
+    """Return 1 if the completion ends with a line `#### answer`, GSM8K's format, and has no other `####`, else 0.
 
-    Whether the answer is right is another question; `numeric_answer` reads the number behind the mark.
+    It does not check the answer; `numeric_answer` does.
 
     >>> marked_answer(["?"] * 3, ["6 * 7 makes\\n#### 42", "It is 42.", "#### 42, as 6 * 7 makes\\n#### 42"])
     [1.0, 0.0, 0.0]
@@ -148,13 +148,13 @@ def _is_marked(text: str) -> bool:
 
 
 def matches_format(pattern: str) -> RewardFunction:
-    """A reward of 1 for every completion that the regular expression matches as a whole, else 0.
+    """Return a reward function: 1 for a completion that the regular expression matches as a whole, else 0.
 
-    A completion on which the pattern takes more than MAX_SECONDS scores 0, with a warning.
+    If a match takes more than MAX_SECONDS the completion scores 0, with a warning.
 
     Args:
-        pattern: of the package `regex`, which reads those of `re`; a dot matches the end of a line too.
-    Raises: ValueError if it is no regular expression.
+        pattern: in the syntax of the package `regex`, which includes that of `re`; a dot matches a newline too.
+    Raises: ValueError if the pattern is not a regular expression.
 
     >>> matches_format(r"<think>.*</think>\\s*<answer>.*</answer>")(["?"], ["<think>hm</think> <answer>4</answer>"])
     [1.0]
@@ -170,7 +170,7 @@ def matches_format(pattern: str) -> RewardFunction:
         except TimeoutError:
             warnings.warn(
                 f"the pattern {pattern[:80]!r} takes more than {MAX_SECONDS} s for some completions, which score 0. "
-                "Does it repeat what is repeated already, as (a+)+ does?",
+                "Does it have nested repeats such as (a+)+?",
                 RuntimeWarning,
                 stacklevel=2,
             )

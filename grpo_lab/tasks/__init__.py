@@ -1,4 +1,4 @@
-"""What is learned: Countdown, GSM8K, reasoning-gym, data from files, and the models made for them.
+"""Tasks: Countdown, GSM8K, reasoning-gym, prompts from files, and small models pre-trained for Countdown.
 
-A task brings prompts with answers, a reward and a model to start from.
+A task consists of prompts with answers, reward functions and a model to start from.
 """

@@ -10,8 +10,8 @@ from grpo_lab.rollout.prompts import SimplePromptDataset
 
 HELD_OUT_PERCENT = 17
 
-# The operators of the tidy forms, and when the numbers between them stand in the one order that is written: what
-# commutes is written once, the larger number first.
+# Operators of each form -> whether an order of the numbers is the one that is written. Where operands commute, only the
+# order with the larger number first is written.
 FORMS: dict[int, dict[str, Callable[..., bool]]] = {
     3: {
         "*+": lambda a, b, c: a >= b,
@@ -31,10 +31,10 @@ FORMS: dict[int, dict[str, Callable[..., bool]]] = {
 
 
 def countdown_dataset(size: int, *, numbers: int = 3, split: str = "train", seed: int = 0) -> SimplePromptDataset:
-    """Solvable Countdown prompts, all different; reward them with `grpo_lab.rewards.verifiable.countdown`.
+    """Return different solvable Countdown prompts; their reward is `grpo_lab.rewards.verifiable.countdown`.
 
-    Whether a problem (target, and numbers in any order) belongs to "train" or "held-out" depends on
-    nothing but the problem, so no held-out problem ever occurs in training, under any seed.
+    A problem is a target and numbers in any order. Its split depends on the problem alone, so no held-out problem
+    occurs in training under any seed.
 
     Args:
         numbers: how many numbers a problem has, 3 or 4.
@@ -58,7 +58,7 @@ def countdown_dataset(size: int, *, numbers: int = 3, split: str = "train", seed
 
 
 def countdown_prompt(numbers: Sequence[int], target: int) -> str:
-    """What the model is asked.
+    """Return the prompt of a problem.
 
     >>> countdown_prompt([3, 5, 7], 22)
     '3,5,7:22='
@@ -68,7 +68,7 @@ def countdown_prompt(numbers: Sequence[int], target: int) -> str:
 
 @cache
 def countdown_problems(split: str, numbers: int = 3) -> list[tuple[tuple[int, ...], int]]:
-    """All problems of "train" or "held-out": numbers in ascending order, and a target that can be hit."""
+    """Return all problems of "train" or "held-out": numbers in ascending order, and a target that can be reached."""
     if split not in ("train", "held-out"):
         raise ValueError(f'split must be "train" or "held-out", got {split!r}.')
 
@@ -84,7 +84,7 @@ def countdown_problems(split: str, numbers: int = 3) -> list[tuple[tuple[int, ..
 
 
 def countdown_numbers(numbers: int) -> list[tuple[int, ...]]:
-    """All choices of so many numbers from 2 to 9, each in ascending order. Raises ValueError unless it is 3 or 4."""
+    """Return all choices of 3 or 4 numbers from 2 to 9, each in ascending order. Raises ValueError otherwise."""
     if numbers not in FORMS:
         raise ValueError(f"Countdown has {' or '.join(map(str, FORMS))} numbers here, got {numbers}.")
     return list(combinations_with_replacement(range(2, 10), numbers))
@@ -92,10 +92,10 @@ def countdown_numbers(numbers: int) -> list[tuple[int, ...]]:
 
 @cache
 def countdown_expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
-    """Value -> expressions of a few tidy forms that use the numbers once each.
+    """Return value -> expressions that use each number once, in a few forms.
 
     With three numbers a+b+c, a+b-c, a*b+c, a*b*c; with four a+b+c+d, a+b+c-d, a*b+c+d, a*b+c-d, a*b+c*d, a*b-c*d.
-    Few forms and no 1 (multiplying by 1 and adding 0 look alike) make a task that a small model can master.
+    With few forms, and without the number 1, by which multiplying changes nothing, a small model can learn the task.
 
     >>> countdown_expressions((3, 5, 7))
     {22: ['5*3+7'], 1: ['5+3-7'], 26: ['7*3+5'], 5: ['7+3-5'],
@@ -103,15 +103,15 @@ def countdown_expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
     """
     found: dict[int, list[str]] = {}
     for order in sorted(set(permutations(numbers))):
-        for operators, tidy in FORMS[len(numbers)].items():
-            if tidy(*order):
+        for operators, is_written in FORMS[len(numbers)].items():
+            if is_written(*order):
                 text = str(order[0]) + "".join(f"{o}{n}" for o, n in zip(operators, order[1:], strict=True))
                 found.setdefault(countdown_value(order, operators), []).append(text)
     return found
 
 
 def countdown_value(numbers: Sequence[int], operators: str) -> int:
-    """The value of numbers with the operators + - * between them.
+    """Return the value of the numbers with the operators + - * between them.
 
     >>> countdown_value([5, 3, 7], "*+")
     22
@@ -126,13 +126,12 @@ def countdown_value(numbers: Sequence[int], operators: str) -> int:
 
 
 def pocket_countdown(seed: int = 0):
-    """Countdown for the pocket model: 2048 prompts, and 400 whose problems never occur in training."""
+    """Return Countdown for the pocket model: 2048 training prompts and 400 held-out ones."""
     from grpo_lab import pocket
 
     return countdown_dataset(pocket.NUM_PROMPTS, seed=seed), countdown_dataset(400, split="held-out", seed=seed)
 
 
 def countdown_with_four(seed: int = 0):
-    """Countdown with four numbers: 8192 prompts, and 400 whose problems occur in no training, nor in pre-training."""
-
+    """Return Countdown with four numbers: 8192 training prompts and 400 held-out ones."""
     return countdown_dataset(8192, numbers=4, seed=seed), countdown_dataset(400, numbers=4, split="held-out", seed=seed)

@@ -9,23 +9,23 @@ from typing import Any
 from grpo_lab.rollout.prompts import check_prompt
 
 FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-MAX_DEPTH = 50  # of brackets in JSON; the parser of datasets ends at 64
+MAX_DEPTH = 50  # nesting depth of a JSON row; the parser of datasets allows 64
 
 
 def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str | None = None, split: str = "train"):
-    """A `datasets.Dataset` from a local .txt (a prompt a line), .jsonl, .json, .csv or .parquet, or from the Hub.
+    """Return a `datasets.Dataset` from a .txt (one prompt per line), .jsonl, .json, .csv or .parquet file or the Hub.
 
     Args:
-        name: a file, or a Hub id; "owner/name:config" picks a configuration.
-        prompt_column: which column holds the prompts; it is renamed to "prompt".
-        answer_column: which holds the answers; it is renamed to "answer", and no answer may be empty.
-        split: of a Hub dataset.
+        name: a file, or a Hub id; "owner/name:config" selects a configuration.
+        prompt_column: the column with the prompts; it is renamed to "prompt".
+        answer_column: the column with the answers; it is renamed to "answer", and no answer may be empty.
+        split: the split of a Hub dataset.
     Raises: ValueError that names the file and the problem.
     """
     try:
-        import datasets  # an optional dependency, and slow to import
+        import datasets  # optional, and slow to import
     except ImportError:
-        raise ValueError("reading datasets needs one more package: pip install -c constraints.txt datasets") from None
+        raise ValueError("reading datasets needs one more package: pip install datasets") from None
 
     path = Path(name).expanduser()
     kind = FILE_FORMATS.get(path.suffix.lower())
@@ -37,8 +37,8 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str
             raise ValueError(f"{name} is empty: at least one prompt is needed.")
         where = {"path": kind, "data_files": glob.escape(str(path)), "split": "train"}
         if kind == "text":
-            where["encoding"] = "utf-8-sig"  # Windows writes a mark at the start, which is no part of the prompt
-    elif os.path.lexists(path) or not hub_id:  # a link to nowhere is no Hub id either
+            where["encoding"] = "utf-8-sig"  # drops the byte order mark that Windows writes
+    elif os.path.lexists(path) or not hub_id:  # a broken link is not a Hub id either
         raise ValueError(f"{name} is neither a Hub id nor a file that ends in {', '.join(FILE_FORMATS)}.")
     else:
         where = {"path": hub_id, "name": config or None, "split": split}
@@ -46,14 +46,14 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str
         if kind == "json":
             check_json(path.read_text(encoding="utf-8-sig"))
         dataset = datasets.load_dataset(**where)
-    except Exception as error:  # a broken line, no network, no such dataset: each with its own exception class
+    except Exception as error:  # datasets raises many exception classes
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):  # a CSV file that ends after its header
+        if "corresponds to no data" in str(cause):  # a CSV file with a header only
             raise ValueError(f"{name} is empty: at least one prompt is needed.") from None
         cure = ". Save it as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
         cure = cure or ("" if kind else ". Without a network, give files: --dataset FILE --eval-dataset FILE")
         raise ValueError(f"could not read the dataset {name}: {' '.join(str(cause).split())[:300]}{cure}") from error
-    if "__index_level_0__" in dataset.column_names:  # pandas takes the first fields for names of the rows
+    if "__index_level_0__" in dataset.column_names:  # pandas takes extra fields for an index
         raise ValueError(f'{name}: the rows have more fields than the header. Write a prompt with commas "in quotes".')
     if kind == "text":
         dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
@@ -62,9 +62,9 @@ def load_prompts(name: str, *, prompt_column: str = "prompt", answer_column: str
 
 
 def check_json(text: str) -> None:
-    """Raises ValueError if this is neither one list of objects nor an object on each line.
+    """Raise ValueError unless the text is one list of objects, or one object per line.
 
-    datasets would find out too, but a line `null` or 10,000 brackets take its parser, and Python with it, down.
+    The parser of datasets crashes the interpreter on a line `null` or on 10,000 nested brackets.
     """
     try:
         whole = json.loads(text)
@@ -92,9 +92,9 @@ def _json_line(line: str, number: int) -> Any:
 
 
 def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
-    """The `datasets.Dataset` with its prompts in the column "prompt".
+    """Return the `datasets.Dataset` with its prompts in the column "prompt".
 
-    Raises: ValueError if it is empty, has no such column, or a prompt is no prompt: an empty cell, a number.
+    Raises: ValueError if it is empty, has no such column, or a prompt is invalid, such as an empty cell or a number.
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: at least one prompt is needed.")
@@ -108,7 +108,7 @@ def with_prompt_column(dataset, prompt_column: str, name: str = "the dataset"):
 
 
 def with_answer_column(dataset, answer_column: str, name: str = "the dataset"):
-    """The `datasets.Dataset` with its answers in the column "answer".
+    """Return the `datasets.Dataset` with its answers in the column "answer".
 
     Raises: ValueError if there is no such column, or an answer is missing or empty.
     """
@@ -140,4 +140,4 @@ EXAMPLE_PROMPTS = (
     "Summarise the story of Romeo and Juliet in two sentences.",
     "How does a bicycle stay upright?",
 )
-"""What the command line trains on if it is given a model and no dataset."""
+"""Prompts for `grpo-lab train` with a model and without a dataset."""

@@ -10,9 +10,9 @@ Think step by step. Then finish with a line that holds only #### and the answer,
 
 
 def gsm8k(seed: int = 0):
-    """GSM8K from the Hub: its 7,473 training problems, and its 1,319 test problems in an order drawn by the seed.
+    """Load GSM8K from the Hub: its 7,473 training problems, and its 1,319 test problems in an order drawn by the seed.
 
-    Prompts are chats that ask for the form in which GSM8K's own answers end, `#### 42`.
+    Prompts are chats whose system turn asks for the format of GSM8K's answers, a last line `#### 42`.
     Source: Cobbe et al., *Training Verifiers to Solve Math Word Problems* (arXiv 2110.14168).
     """
     from grpo_lab.rollout.prompts import as_chats
@@ -28,7 +28,7 @@ def gsm8k(seed: int = 0):
 
 
 def check_numbers(dataset, name: str) -> None:
-    """Raises ValueError that names the first answer without a number: now, not when its turn comes."""
+    """Raise ValueError that names the first answer without a number, before training starts."""
     for i in range(len(dataset)):
         answer = str(dataset[i]["answer"])
         if final_number(answer) is None:

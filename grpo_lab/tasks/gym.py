@@ -7,15 +7,15 @@ from grpo_lab.rewards.isolated import checksum, gym_score, require_package
 from grpo_lab.tasks.task import QWEN, Task
 
 GYM = "reasoning-gym:"
-GYM_PROMPTS, GYM_HELD_OUT = 1000, 256  # making one takes up to 20 ms, where SymPy has a part in it
+GYM_PROMPTS, GYM_HELD_OUT = 1000, 256  # generating one takes up to 20 ms where SymPy is used
 GYM_SYSTEM_PROMPT = "Think step by step. Then write #### and after it the answer alone, as the problem asks for it."
 
 
 def gym_problems(name: str, seed: int = 0):
-    """Problems of reasoning-gym's task of this name, made here from the seed: no network is needed.
+    """Generate training and held-out problems of a reasoning-gym task from the seed; no network needed.
 
-    A held-out problem that occurs in training, which in small tasks happens, is left out. Its column "answer" is one
-    answer; often there are others that are as right.
+    Held-out problems that also occur in training, as happens in small tasks, are left out. The column "answer" holds
+    one right answer; a problem often has others.
     Source: Stojanovski et al., *Reasoning Gym* (arXiv 2505.24760).
     """
     import reasoning_gym
@@ -23,7 +23,7 @@ def gym_problems(name: str, seed: int = 0):
     from grpo_lab.rollout.prompts import SimplePromptDataset, as_chats
 
     def rows(size: int, draw: int) -> dict[str, list]:
-        # a problem is drawn from (seed + its number): the two sets must lie further apart than they are long
+        # problem i is drawn from seed + i, so the two ranges of seeds must not overlap
         start = (2 * seed + draw) * max(GYM_PROMPTS, GYM_HELD_OUT)
         problems = list(reasoning_gym.create_dataset(name, seed=start, size=size))
         return {
@@ -42,7 +42,7 @@ def gym_problems(name: str, seed: int = 0):
 
 
 def gym_task(name: str) -> Task:
-    """A task of the package reasoning-gym. Raises ValueError if the package is not there or has none of this name."""
+    """Return a reasoning-gym task. Raises ValueError if the package is missing or has no task of this name."""
     require_package("reasoning_gym")
     from reasoning_gym.factory import DATASETS
 

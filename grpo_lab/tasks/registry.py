@@ -1,7 +1,7 @@
-"""What a run is about: a model to start from, problems with answers, some of them held out, and what is right.
+"""The tasks that `--task` knows.
 
-Each task has settings of its own in `config.PRESETS`, so `--preset gsm8k` and `--task gsm8k` are the same run; with
-both flags the task says what is learned and the preset how: `--task gsm8k --preset dr_grpo`.
+Each task has its own settings in `config.PRESETS`, so `--preset gsm8k` and `--task gsm8k` are the same run. With both
+flags, as in `--task gsm8k --preset dr_grpo`, the preset's settings override those of the task.
 """
 
 from grpo_lab.rewards.verifiable import countdown, marked_answer, numeric_answer
@@ -39,7 +39,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises ValueError that lists those there are."""
+    """Return the task of this name. Raises ValueError that lists the tasks."""
     if name in TASKS:
         return TASKS[name]
     if name.startswith(GYM):

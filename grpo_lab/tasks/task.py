@@ -1,4 +1,4 @@
-"""What a task is: a model to start from, problems with answers, some of them held out, and what is right."""
+"""The fields of a task: a model to start from, training and held-out prompts, and reward functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from grpo_lab.rewards.verifiable import RewardFunction
 
 @dataclass(frozen=True)
 class Task:
-    """A task; whatever a flag says takes the place of what stands here."""
+    """A task of `grpo-lab train`; flags override its fields."""
 
     source: str
-    """One line: what it is, and where it comes from."""
+    """One line for --help: what the task is and where it comes from."""
     model_name: str | None
-    """The model to start from: pocket, a Hub id or a folder; None: one that `grpo-lab pretrain` made, to be named."""
+    """Model to start from: pocket, a Hub id or a folder; None if --model-name must name a pre-trained one."""
     data: Callable[[int], tuple[Any, Any]]
-    """seed -> the prompts to train on, and those kept for evaluation, in an order drawn by the seed."""
+    """seed -> the training prompts and the held-out prompts."""
     rewards: tuple[RewardFunction, ...]
-    """The first says what is right, and pass@k counts by it."""
+    """Reward functions; the first decides what counts as right, also for pass@k."""
     preset: str
-    """The settings to start from, in config.PRESETS."""
+    """Name of its settings in config.PRESETS."""
     max_eval_samples: int | None = None
-    """Held-out prompts that are used if no flag says how many; all if None."""
+    """Default number of held-out prompts to evaluate on; None: all."""
     prompt_column: str = "prompt"
-    """Where the prompts are in a file that replaces its data; the answers are in "answer"."""
+    """Column with the prompts in a file that replaces its data; the answers are in "answer"."""
     system_prompt: str | None = None
-    """What makes chats of them; None leaves them texts."""
+    """System prompt that turns the prompts into chats; None: they stay texts."""
 
 
-QWEN = "Qwen/Qwen2.5-0.5B-Instruct"  # with AdamW and a reference 10 GB before activations; of 1.5B it would be 31
+QWEN = "Qwen/Qwen2.5-0.5B-Instruct"  # AdamW and a reference take 10 GB before activations; 1.5B would take 31

@@ -1,4 +1,4 @@
-"""Judges in a process of their own: what they find equal, and that no text makes them hang, run code or lie."""
+"""The subprocess graders: what they find equal, and that no text makes them hang, run code or score wrongly."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
-from grpo_lab.rewards import isolated as apart
-from grpo_lab.rewards.isolated import MAY_DO_MORE, GraderProcess, checksum, gym_score, math_answer
+from grpo_lab.rewards import isolated
+from grpo_lab.rewards.isolated import UNSAFE, GraderProcess, checksum, gym_score, math_answer
 
-SLOW = [r"\boxed{9^{9^{9^9}}}", r"#### \binom{10^9}{10^8}"]  # SymPy computes for ever
+SLOW = [r"\boxed{9^{9^{9^9}}}", r"#### \binom{10^9}{10^8}"]  # SymPy never finishes
 HOSTILE = [
     *["", " ", "nan", r"\boxed{}", r"\boxed{", r"\boxed{" * 1000, "$", "$$", "####", "#### ####", r"\frac{1}{0}"],
     *["(" * 10**6, r"\frac{" * 2000 + "1", "\ud800", "\0", "1+" * 5000, "9**9**9**9", "$" * 10**6],
@@ -74,14 +74,14 @@ def test_what_is_not_equal_scores_nothing(math, text, answer):
 @pytest.mark.filterwarnings("ignore:math-verify takes more than")
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:16]))
 def test_hostile_text_scores_nothing(math, monkeypatch, text):
-    monkeypatch.setattr(apart, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(isolated, "MAX_SECONDS", 1.0)
     assert math(text, "-4242.5") == 0.0
 
 
 @pytest.mark.parametrize("text", SLOW)
-def test_what_would_compute_for_ever_is_ended_and_the_next_answer_is_judged(math, monkeypatch, text):
-    assert math("#### 7", "7") == 1.0  # it runs
-    monkeypatch.setattr(apart, "MAX_SECONDS", 0.5)
+def test_a_computation_that_never_ends_is_killed_and_the_next_answer_is_graded(math, monkeypatch, text):
+    assert math("#### 7", "7") == 1.0  # the subprocess runs
+    monkeypatch.setattr(isolated, "MAX_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.warns(RuntimeWarning, match=r"math-verify takes more than 0\.5 s for some answers, which score 0"):
         assert math(text, "7") == 0.0
@@ -90,35 +90,35 @@ def test_what_would_compute_for_ever_is_ended_and_the_next_answer_is_judged(math
     assert math("#### 7", "7") == 1.0
 
 
-def test_a_judge_that_ended_since_its_last_answer_is_no_fault_of_the_next(math):
+def test_a_grader_killed_between_two_answers_is_restarted(math):
     assert math("#### 7", "7") == 1.0
-    judge = GraderProcess.of("math_verify")
-    judge.process.kill()  # as a system does that is short of memory
-    judge.process.wait()
+    grader = GraderProcess.of("math_verify")
+    grader.process.kill()  # as the OOM killer does
+    grader.process.wait()
     assert math("#### 7", "7") == 1.0
 
 
-def test_a_right_answer_that_cannot_be_read_is_an_error_that_shows_it(math):
+def test_a_reference_answer_that_cannot_be_parsed_is_an_error(math):
     with pytest.raises(ValueError, match="the answer column must hold LaTeX or numbers, got ''"):
         math("#### 7", "")
     assert math("#### 7", "7") == 1.0
 
 
-def test_it_waits_for_the_next_answer_as_long_as_that_takes(math):
-    judge = GraderProcess.of("math_verify")
-    judge.stop()
+def test_the_alarm_does_not_run_between_two_answers(math):
+    grader = GraderProcess.of("math_verify")
+    grader.stop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apart, "MAX_SECONDS", 0.0)  # so that it would end itself after a second
-        judge._start()
-    process = judge.process
-    assert judge._exchange(["7", "7"], 60) == 1.0
+        patch.setattr(isolated, "MAX_SECONDS", 0.0)  # so its alarm would end it after a second
+        grader._start()
+    process = grader.process
+    assert grader._exchange(["7", "7"], 60) == 1.0
     time.sleep(1.5)
     assert math("#### 7", "7") == 1.0
-    assert judge.process is process
-    judge.stop()  # the next one is as usual
+    assert grader.process is process
+    grader.stop()  # the next one has the usual limit
 
 
-def test_it_works_in_a_thread_where_a_limit_by_signal_would_not(math):
+def test_it_works_in_a_thread(math):
     found = []
     thread = threading.Thread(target=lambda: found.append(math(r"\boxed{0.5}", r"\frac12")))
     thread.start()
@@ -126,27 +126,27 @@ def test_it_works_in_a_thread_where_a_limit_by_signal_would_not(math):
     assert found == [1.0]
 
 
-def test_the_trainer_takes_it_with_a_limit_of_its_own(math):
+def test_it_works_with_a_reward_timeout(math):
     from grpo_lab.rewards.reward_models import Rewards
 
     scored = Rewards(math_answer, None, timeout=60)(["?"] * 2, ["#### 1/2", "#### 2"], {"answer": ["0.5", "0.5"]})
     assert scored.first.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends a signal to a group of processes")
-def test_ctrl_c_in_the_terminal_leaves_the_judge_alone(math):
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal to a process group")
+def test_ctrl_c_in_the_terminal_does_not_end_the_grader(math):
     code = (
         "import os, signal, time\nfrom grpo_lab.rewards.isolated import GraderProcess\n"
-        "judge = GraderProcess.of('math_verify')\n"
-        "judge.score('7', '7')\nbefore = judge.process.pid\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
-        "os.killpg(0, signal.SIGINT)\ntime.sleep(0.2)\nprint(judge.score('7', '7'), judge.process.pid == before)"
+        "grader = GraderProcess.of('math_verify')\n"
+        "grader.score('7', '7')\nbefore = grader.process.pid\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
+        "os.killpg(0, signal.SIGINT)\ntime.sleep(0.2)\nprint(grader.score('7', '7'), grader.process.pid == before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
     assert (done.stdout, done.stderr) == ("1.0 True\n", "")
 
 
-def test_an_interrupt_between_question_and_reply_does_not_give_the_reply_to_the_next(math, monkeypatch):
-    judge = GraderProcess.of("math_verify")
+def test_a_reply_after_ctrl_c_is_not_taken_for_the_next_answers(math, monkeypatch):
+    grader = GraderProcess.of("math_verify")
     assert math("#### 7", "7") == 1.0
 
     class Interrupted:
@@ -159,14 +159,14 @@ def test_an_interrupt_between_question_and_reply_does_not_give_the_reply_to_the_
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    monkeypatch.setattr(judge.process, "stdout", Interrupted(judge.process.stdout))
+    monkeypatch.setattr(grader.process, "stdout", Interrupted(grader.process.stdout))
     with pytest.raises(KeyboardInterrupt):
         math("#### 7", "7")
-    assert judge.process is None
+    assert grader.process is None
     assert math("#### 8", "7") == 0.0
 
 
-def test_it_ends_with_the_program_that_started_it(math):
+def test_it_ends_with_its_parent(math):
     code = "from grpo_lab.rewards.isolated import GraderProcess\n"
     code += "j = GraderProcess.of('math_verify')\nj.score('7', '7')\nprint(j.process.pid)"
     process = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
@@ -174,17 +174,17 @@ def test_it_ends_with_the_program_that_started_it(math):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no alarm")
-def test_it_ends_itself_where_nobody_is_left_to_end_it(math):
+def test_its_alarm_ends_it_if_the_parent_was_killed(math):
     code = f"""
 import os, signal, threading
 from grpo_lab.rewards import isolated
 isolated.MAX_SECONDS = 1.0
-judge = isolated.GraderProcess.of("math_verify")
-judge.score("7", "7")
-print(judge.process.pid, flush=True)
+grader = isolated.GraderProcess.of("math_verify")
+grader.score("7", "7")
+print(grader.process.pid, flush=True)
 isolated.MAX_SECONDS = 1e6
 threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGKILL]).start()
-judge.score({SLOW[0]!r}, "7")
+grader.score({SLOW[0]!r}, "7")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     deadline = time.monotonic() + 30
@@ -200,13 +200,13 @@ def running(process: int) -> bool:
         return False
 
 
-def test_a_library_that_cannot_work_says_why(math, monkeypatch, tmp_path):
+def test_a_library_that_cannot_be_imported_is_named_with_the_cause(math, monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr')")
     monkeypatch.syspath_prepend(tmp_path)
-    judge = GraderProcess("math_verify")
+    grader = GraderProcess("math_verify")
     with pytest.raises(ValueError, match=r"math-verify cannot be used here \(ImportError: no antlr\)"):
-        judge.score("7", "7")
-    judge.stop()
+        grader.score("7", "7")
+    grader.stop()
 
 
 # --- reasoning-gym ---------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_a_library_that_cannot_work_says_why(math, monkeypatch, tmp_path):
      "__import__", "a\\\nb", "'\\x28'", "exit#\n()", "f'{exit()}'", "ｅxit()", "notsin(x)", "sin(x).subs",
      "lambda: exit()", "@exit", "`exit`", "exit(1)*sin(x)", "sin(exit(1))", "(lambda: 1)()", "expit(1)"],
 )  # fmt: skip
-def test_an_answer_that_could_call_something_is_not_handed_on(text):
-    assert MAY_DO_MORE.search(text)
+def test_an_answer_that_could_call_something_is_not_evaluated(text):
+    assert UNSAFE.search(text)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_an_answer_that_could_call_something_is_not_handed_on(text):
     ["6*(98 - 54) - 34 - 66", "(3+5)*7", "1.5 + 2", ".5*x", "x**2/2 + C", "sin(x)*cos (x) + log(x) + sqrt(2)",
      "exp(-x)", "[['Q', '_'], ['_', 'Q']]", "[1, 2, 3]", "['A', 'B']", "Q _ _\n_ Q _", "0 1\n1 0", "-12", "1/2"],
 )  # fmt: skip
-def test_and_one_that_only_computes_is(text):
-    assert not MAY_DO_MORE.search(text)
+def test_an_answer_that_only_computes_is_evaluated(text):
+    assert not UNSAFE.search(text)
 
 
 @pytest.mark.parametrize("name", ["n_queens", "spiral_matrix", "countdown", "simple_integration"])
@@ -243,7 +243,7 @@ def test_scorers_that_run_answers_run_no_code_and_know_the_right_one(name, tmp_p
     assert not trace.exists()
 
 
-def test_a_problem_that_is_not_made_again_as_it_was_is_an_error_not_a_score():
+def test_a_problem_that_is_regenerated_differently_is_an_error():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=r"leg_counting makes another problem each time\. Set PYTHONHASHSEED=0"):
         gym_score("leg_counting")(["?"], ["7"], problem=[[7, 2, 3, checksum("another")]])

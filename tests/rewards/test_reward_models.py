@@ -1,4 +1,4 @@
-"""Reward models: whatever judges, a padded batch is judged like its rows, and what goes wrong has a name."""
+"""Reward models and functions: a padded batch scores like its rows, and errors name the function."""
 
 import functools
 import math
@@ -32,9 +32,9 @@ def causal_lm_reward(model, tokenizer=None):
         return CausalLMReward(model, tokenizer or starting_tokenizer(TEMPLATE))
 
 
-def score(judge, completions=("a", "bb"), columns=None, **settings):
+def score(reward, completions=("a", "bb"), columns=None, **settings):
     prompts = [f"prompt {i}" for i in range(len(completions))]
-    return Rewards(judge, make_tokenizer(), **settings)(prompts, list(completions), columns or {})
+    return Rewards(reward, make_tokenizer(), **settings)(prompts, list(completions), columns or {})
 
 
 # --- sequence classifiers -------------------------------------------------------------------------------
@@ -43,9 +43,9 @@ def score(judge, completions=("a", "bb"), columns=None, **settings):
 @pytest.mark.parametrize("pad", [0, None], ids=["its own padding", "none"])
 def test_a_classifier_gives_its_logit_and_a_batch_equals_its_rows(pad):
     tokenizer, model = starting_tokenizer(TEMPLATE), classifier(pad_token_id=pad)
-    judge = SequenceClassifierReward(model, tokenizer)
-    together = judge(PROMPTS, COMPLETIONS)
-    alone = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    reward = SequenceClassifierReward(model, tokenizer)
+    together = reward(PROMPTS, COMPLETIONS)
+    alone = [reward([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert together == pytest.approx(alone, abs=1e-5)
     # by hand, without padding: the logit at the last token of the whole text
     texts = {0: "<eos>3,5,7:22=3*5+7", 2: "<eos>2+2=::"}  # a text; a chat of two turns, with one start and not two
@@ -65,9 +65,9 @@ def test_a_classifier_has_its_own_tokenizer():
     assert own(["3,5,7:22="], ["3*5+7"]) != pytest.approx(policys(["3,5,7:22="], ["3*5+7"]))
 
 
-def test_a_chat_without_a_template_is_joined_line_by_line_and_nothing_at_all_is_still_scored():
-    judge = SequenceClassifierReward(classifier(), starting_tokenizer())
-    assert judge([CHAT], ["4"]) == pytest.approx(judge(["2+2=\n"], ["4"]))
+def test_a_chat_without_a_template_is_joined_by_newlines_and_an_empty_text_is_scored():
+    reward = SequenceClassifierReward(classifier(), starting_tokenizer())
+    assert reward([CHAT], ["4"]) == pytest.approx(reward(["2+2=\n"], ["4"]))
     assert math.isfinite(SequenceClassifierReward(classifier(), make_tokenizer())([""], [""])[0])
 
 
@@ -105,12 +105,12 @@ def test_a_causal_lm_warns_when_it_is_made_and_not_again(model, tokenizer):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["classifier", "causal_lm"])
-def test_models_are_judged_without_dropout_and_get_their_mode_back(kind, training):
+def test_models_score_without_dropout_and_keep_their_mode(kind, training):
     noisy = {"attention_dropout": 0.5}
     model = classifier(**noisy) if kind == "classifier" else tiny_model(**noisy)
-    judge = SequenceClassifierReward(model, make_tokenizer()) if kind == "classifier" else causal_lm_reward(model)
+    reward = SequenceClassifierReward(model, make_tokenizer()) if kind == "classifier" else causal_lm_reward(model)
     model.train(training)
-    assert judge(["2+2="], ["4"]) == judge(["2+2="], ["4"])
+    assert reward(["2+2="], ["4"]) == reward(["2+2="], ["4"])
     assert model.training == training
     assert all(p.grad is None for p in model.parameters())
 
@@ -130,35 +130,35 @@ def all_columns(prompts, completions, **columns):
     return [float("".join(columns) == "answerlevel")] * len(completions)
 
 
-class Judge:
+class Reward:
     def __call__(self, prompts, completions, *, level):
         return torch.tensor(level)
 
 
 @pytest.mark.parametrize(
-    ("judge", "expected", "name"),
+    ("reward", "expected", "name"),
     [
         (lengths, [1.0, 2.0], "lengths"),
         (matches, [0.0, 1.0], "matches"),
         (all_columns, [1.0, 1.0], "all_columns"),
-        (Judge(), [3.0, 4.0], "Judge"),
+        (Reward(), [3.0, 4.0], "Reward"),
         (lambda prompts, completions: [prompts[1] == "prompt 1", 0], [1.0, 0.0], "<lambda>"),
         (functools.partial(matches, answer=["a", "x"]), [1.0, 0.0], "partial"),
     ],
 )
-def test_a_function_gets_the_columns_that_it_asks_for(judge, expected, name):
+def test_a_function_gets_the_columns_that_it_asks_for(reward, expected, name):
     columns = {"answer": ["x", "bb"], "level": [3, 4]}
-    if isinstance(judge, functools.partial):
-        columns.pop("answer")  # it has its own
-    scored = score(judge, columns=columns)
+    if isinstance(reward, functools.partial):
+        columns.pop("answer")  # it has its own answers
+    scored = score(reward, columns=columns)
     assert scored.total.tolist() == expected
     assert list(scored.parts) == [name]
 
 
 def test_several_functions_are_weighted_and_one_that_does_not_score_is_left_out():
     some = {"first": [1.0, None, None, 2.0], "second": [10.0, 10.0, math.nan, None]}
-    judges = [lambda prompts, completions, values=v: values for v in some.values()]
-    scored = score(judges, "abcd", weights=[2, 0.5])
+    rewards = [lambda prompts, completions, values=v: values for v in some.values()]
+    scored = score(rewards, "abcd", weights=[2, 0.5])
     # 2 * 1 + 0.5 * 10 = 7;  0.5 * 10 = 5;  nobody scored: NaN, which is not 0;  2 * 2 = 4
     assert scored.total.tolist() == pytest.approx([7.0, 5.0, math.nan, 4.0], nan_ok=True)
     assert scored.total.dtype == torch.float32
@@ -179,39 +179,39 @@ def broken(prompts, completions):
 
 
 def returning(*values):
-    def judge(prompts, completions):
+    def reward(prompts, completions):
         return values if len(values) != 1 else values[0]
 
-    return judge
+    return reward
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"),
+    ("reward", "message"),
     [
         (broken, "'broken' raised KeyError: 'answer'"),
         (matches, "'matches' raised LookupError: .*needs the column 'answer', and the dataset has prompt"),
-        (returning(0.5), "'judge' must return a list with one number per completion, got 0.5"),
-        (returning(1.0), "'judge' must return a list .*got 1.0"),
-        (returning(None), "'judge' must return a list .*got None"),
-        (returning([1.0]), "'judge' returned 1 values for 2 completions"),
-        (returning(count()), "'judge' returned 3 or more values for 2 completions"),
-        (returning(1.0, 10**5000), "'judge' returned inf for the completion 'bb'"),
-        (returning(1.0, "2"), "'judge' must return numbers or None, got '2'"),
-        (returning(1.0, [2.0]), r"'judge' must return numbers or None, got \[2.0\]"),
-        (returning(1.0, 2j), "'judge' must return numbers or None, got 2j"),
-        (returning(torch.ones(2, 2)), "'judge' must return numbers or None, got tensor"),
-        (returning(1.0, math.inf), "'judge' returned inf for the completion 'bb'"),
-        (returning(-math.inf, 1.0), "'judge' returned -inf for the completion 'a'"),
-        (returning(1.0, 1e39), r"'judge' returned 1e\+39 for the completion 'bb'"),  # infinite in float32
+        (returning(0.5), "'reward' must return a list with one number per completion, got 0.5"),
+        (returning(1.0), "'reward' must return a list .*got 1.0"),
+        (returning(None), "'reward' must return a list .*got None"),
+        (returning([1.0]), "'reward' returned 1 values for 2 completions"),
+        (returning(count()), "'reward' returned 3 or more values for 2 completions"),
+        (returning(1.0, 10**5000), "'reward' returned inf for the completion 'bb'"),
+        (returning(1.0, "2"), "'reward' must return numbers or None, got '2'"),
+        (returning(1.0, [2.0]), r"'reward' must return numbers or None, got \[2.0\]"),
+        (returning(1.0, 2j), "'reward' must return numbers or None, got 2j"),
+        (returning(torch.ones(2, 2)), "'reward' must return numbers or None, got tensor"),
+        (returning(1.0, math.inf), "'reward' returned inf for the completion 'bb'"),
+        (returning(-math.inf, 1.0), "'reward' returned -inf for the completion 'a'"),
+        (returning(1.0, 1e39), r"'reward' returned 1e\+39 for the completion 'bb'"),  # infinite in float32
     ],
 )
-def test_a_broken_reward_function_is_named(judge, message):
+def test_a_broken_reward_function_is_named(reward, message):
     with pytest.raises(ValueError, match=f"the reward function {message}"):
-        score([lengths, judge])
+        score([lengths, reward])
 
 
 @pytest.mark.parametrize(
-    ("judge", "weights", "error", "message"),
+    ("reward", "weights", "error", "message"),
     [
         ([lengths, matches], [1.0], ValueError, "got 1 reward_weights for 2 reward functions"),
         ([], None, ValueError, "at least one reward function is needed"),
@@ -219,12 +219,12 @@ def test_a_broken_reward_function_is_named(judge, message):
         ([lengths, None], None, TypeError, "got None"),
     ],
 )
-def test_what_cannot_judge_is_refused(judge, weights, error, message):
+def test_what_is_neither_a_model_nor_a_callable_is_refused(reward, weights, error, message):
     with pytest.raises(error, match=message):
-        Rewards(judge, make_tokenizer(), weights)
+        Rewards(reward, make_tokenizer(), weights)
 
 
-def test_a_classifier_without_padding_judges_at_the_very_end(tokenizer):
+def test_a_classifier_without_a_padding_token_scores_at_the_last_token(tokenizer):
     """Its tokenizer pads with the end token, and the texts end in it: the last token must not count as padding."""
     from grpo_lab import SequenceClassifierReward
 

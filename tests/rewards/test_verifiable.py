@@ -1,4 +1,4 @@
-"""Rewards: right, wrong and hostile text. Whatever a model writes costs little time and never runs."""
+"""Verifiable rewards: right, wrong and hostile text. No text takes long to score or runs as code."""
 
 import signal
 import time
@@ -42,11 +42,13 @@ LONG_TEXT = [
 
 
 @pytest.fixture(autouse=True)
-def a_hang_fails():
-    """Without it, one `9**9**9` that is computed after all would hang the whole run. (Windows has no such alarm.)"""
+def fail_on_hang():
+    """Fail a test after 10 seconds, so that a computed `9**9**9` cannot hang the run. (Windows has no such timer.)"""
 
     def stop(*_):
-        raise AssertionError("the reward still runs after 10 seconds")  # a TimeoutError it would catch
+        raise AssertionError(
+            "the reward still runs after 10 seconds"
+        )  # not a TimeoutError, which the reward would catch
 
     if hasattr(signal, "setitimer"):
         before = signal.signal(signal.SIGALRM, stop)
@@ -59,7 +61,7 @@ def a_hang_fails():
 
 
 def seconds(function, *args):
-    """Processor time, which other work on the machine does not change."""
+    """Return the CPU time of a call; other work on the machine does not change it."""
     start = time.process_time()
     function(*args)
     return time.process_time() - start
@@ -118,7 +120,7 @@ def test_an_expression_has_its_exact_value_and_lists_its_numbers(expression):
 
 @given(st.text("0123456789+-*/() .e_x,=", max_size=40) | st.text(max_size=40))
 @settings(deadline=None, max_examples=50)
-def test_no_text_at_all_raises(text):
+def test_no_text_raises(text):
     assert countdown([PROMPT], [text])[0] in (0.0, 1.0)
     assert numeric_answer(["?"], [text], answer=[7])[0] in (0.0, 1.0)
 
@@ -130,7 +132,7 @@ def test_no_text_at_all_raises(text):
         ("7 or 8", "8"),  # the last one
         ("-7", "-7"),
         ("x = -7.", "-7"),
-        ("\u22127", "-7"),  # the typographer's minus
+        ("\u22127", "-7"),  # a typographic minus
         ("(-7)", "-7"),
         ("5-3", "3"),  # an operator, not a sign
         ("12 - 5", "5"),
@@ -233,7 +235,7 @@ def test_a_format_must_match_the_whole_text_across_lines():
         ("#### 42", 1.0),
         ("6 * 7 = 42\n#### 42\n", 1.0),
         ("thus\n\n  \n#### -1,200.50", 1.0),
-        ("#### x = 7", 1.0),  # of which kind the answer is, is for another reward to say
+        ("#### x = 7", 1.0),  # the answer itself is not checked
         ("42", 0.0),
         ("It is #### 42", 0.0),  # not a line of its own
         ("#### 41\nno\n#### 42", 0.0),  # two answers
@@ -251,9 +253,9 @@ def test_a_marked_answer_is_the_last_line_and_the_only_one(text, marked):
     assert marked_answer(["?"] * 2, [text, "#### 1"]) == [marked, 1.0]
 
 
-def test_a_pattern_that_takes_for_ever_scores_zero_with_a_warning():
+def test_a_pattern_that_takes_too_long_scores_zero_with_a_warning():
     pattern = f"(a|aa)+$(?#{'x' * 99})"  # a long comment, of which the warning shows only the beginning
-    said = r"the pattern '\(a\|aa\)\+\$\(\?#x{69}' takes more than 0\.5 s .* score 0\. Does it .* \(a\+\)\+ does\?$"
+    said = r"the pattern '\(a\|aa\)\+\$\(\?#x{69}' .* 0\.5 s .* score 0\. .* nested repeats such as \(a\+\)\+\?$"
     with pytest.warns(RuntimeWarning, match=said):
         assert matches_format(pattern)(["?"] * 2, ["a" * 60 + "!", "aaa"]) == [0.0, 1.0]
 
