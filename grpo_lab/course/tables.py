@@ -18,12 +18,13 @@ def completions_table(rows: Sequence[Mapping[str, Any]], tokenizer=None) -> str:
     head = {"prompt": text, "completion": text, **dict.fromkeys(("reward", *names, "advantage"), number)}
     lines = []
     for row in rows:
-        parts = [row["rewards"].get(name) for name in names]
+        parts, advantage = [row["rewards"].get(name) for name in names], row["advantage"]
         cells = [
             f"<td style='{text}'><code>{_text(row['prompt'])}</code></td>",
             f"<td style='{text}'><code>{_completion(row, tokenizer)}</code></td>",
             *(f"<td style='{number}'>{'' if v is None else f'{v:.2f}'}</td>" for v in (row["reward"], *parts)),
-            f"<td style='{number}; background:{_shade(row['advantage'] / 2)}'>{row['advantage']:+.2f}</td>",
+            f"<td style='{number}; background:{_shade((advantage or 0.0) / 2)}'>"
+            f"{'' if advantage is None else f'{advantage:+.2f}'}</td>",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     titles = "".join(f"<th style='{style}'>{html.escape(title)}</th>" for title, style in head.items())

@@ -1,7 +1,7 @@
-"""Sliders over figures, a dashboard over a run, and a browser for its samples: thin ipywidgets over reporting.
+"""Figures that follow sliders, a dashboard for a run, and a browser for its samples.
 
-Whatever is shown here also shows itself where no widget runs (GitHub, nbviewer, a PDF): as a picture, and in
-words with rounded numbers, which is what the tests of the notebooks compare.
+Where no widget runs (GitHub, nbviewer, a PDF) each of them is shown as a picture, and in words with rounded numbers;
+the tests of the notebooks compare the words.
 """
 
 import ast
@@ -25,77 +25,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
+from grpo_lab.course.controls import choice as choice
+from grpo_lab.course.controls import slider
+from grpo_lab.course.controls import steps as steps  # lessons import all three from here
 from grpo_lab.course.tables import completions_table, progress_bar
 from grpo_lab.training.figures import training_figure
 from grpo_lab.training.metrics import JsonLines
 
 SCREEN_DPI, PRINT_DPI = 80, 160  # a slider's answer should come at once; what is saved should be sharp
 Record = TypeVar("Record")
-
-
-def slider(label: str, low: float, high: float, value: float, step: float = 1) -> ipywidgets.Box:
-    """A slider beside a field with its name and number, each following the other.
-
-    The field is what a screen reader finds: ipywidgets' sliders have no accessible name. `.value` and
-    `.observe` of the slider are those of the result's `control`.
-    """
-    whole = all(float(x).is_integer() for x in (low, high, value, step))
-    Slider, Field = (
-        (ipywidgets.IntSlider, ipywidgets.BoundedIntText) if whole else
-        (ipywidgets.FloatSlider, ipywidgets.BoundedFloatText)
-    )  # fmt: skip
-    settings = {"min": low, "max": high, "value": value, "step": step}
-    control = Slider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
-    field = Field(**settings, description=label, style={"description_width": "initial"},
-                  layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
-
-    def show(change) -> None:  # the browser adds steps up, and 0.44000000000000006 is no number to show
-        field.value = round(change.new, 6)
-
-    def move(change) -> None:
-        if abs(change.new - control.value) > step / 1000:
-            control.value = change.new
-
-    control.observe(show, "value")
-    field.observe(move, "value")
-    return _row(partial(slider, label, low, high, step=step), control, field)
-
-
-def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
-    """Buttons of which one is pressed."""
-    control = ipywidgets.ToggleButtons(
-        options=list(options), value=value or options[0], style={"button_width": "auto"},
-        layout=ipywidgets.Layout(width="max-content"),
-    )  # fmt: skip
-    return _row(partial(choice, label, options), control, ipywidgets.Label(label))  # its own label would stand above
-
-
-def steps(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
-    """A slider over ordered words or numbers that are not evenly spaced, beside a list with its name and their names.
-
-    The list is what a screen reader finds, as the field is beside `slider`.
-    """
-    settings = {"options": list(options), "value": value or options[0]}
-    control = ipywidgets.SelectionSlider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
-    field = ipywidgets.Dropdown(**settings, description=label, style={"description_width": "initial"},
-                                layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
-
-    def show(change) -> None:
-        field.value = change.new
-
-    def move(change) -> None:
-        control.value = change.new
-
-    control.observe(show, "value")
-    field.observe(move, "value")
-    return _row(partial(steps, label, options), control, field)
-
-
-def _row(anew: Callable[..., ipywidgets.Box], control, field) -> ipywidgets.Box:
-    layout = ipywidgets.Layout(margin="0 24px 0 0", align_items="center")
-    row = ipywidgets.HBox([field, control], layout=layout)
-    row.control, row.anew = control, anew
-    return row
 
 
 class _Controlled:
@@ -328,6 +266,7 @@ def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:
 class SampleBrowser(_Controlled):
     """What the model wrote, step by step: the K completions of a prompt with rewards and advantages.
 
+    It opens at the last logged step whose rewards differ within a group, on the group where they differ most.
     Tokens are coloured by how far the policy had moved from the reference: the log-ratio in nats.
 
     Args:
@@ -346,10 +285,13 @@ class SampleBrowser(_Controlled):
         self._groups = {step: _by_prompt([row for row in rows if row["step"] == step]) for step in self._steps}
         self._view_html = ipywidgets.HTML()
         most = max(len(groups) for groups in self._groups.values())
+        differ = [step for step in self._steps if any(map(_spread, self._groups[step]))]
+        start = differ[-1] if differ else self._steps[-1]
+        spreads = list(map(_spread, self._groups[start]))
         super().__init__(
             {
-                "step": slider("logged step", 1, len(self._steps), len(self._steps)),
-                "prompt": slider("prompt", 1, most, 1),
+                "step": slider("logged step", 1, len(self._steps), self._steps.index(start) + 1),
+                "prompt": slider("prompt", 1, most, spreads.index(max(spreads)) + 1),
             },
             self._view_html,
         )
@@ -359,7 +301,8 @@ class SampleBrowser(_Controlled):
         groups = self._groups[step]
         rows = groups[min(self.prompt.value, len(groups)) - 1]
         self.text = f"step {step}, {rows[0]['prompt']}: " + ", ".join(
-            f"{row['completion']} ({row['reward']:.2f})" for row in rows
+            f"{row['completion']} ({'no reward' if row['reward'] is None else format(row['reward'], '.2f')})"
+            for row in rows
         )
         title = f"<b>step {step}</b> · prompt {min(self.prompt.value, len(groups))} of {len(groups)}"
         self.html = title + completions_table(rows, self._tokenizer)
@@ -370,6 +313,11 @@ class SampleBrowser(_Controlled):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"text/plain": self.text, "text/html": self.html, **self._view()}
+
+
+def _spread(group: Sequence[Mapping[str, Any]]) -> float:
+    rewards = [row["reward"] for row in group if row["reward"] is not None]
+    return max(rewards, default=0.0) - min(rewards, default=0.0)
 
 
 def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
