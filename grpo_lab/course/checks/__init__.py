@@ -12,7 +12,7 @@ group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1
     rewards   [[1, 0, 0, 1], [1, 0, 0, 0]]
     expected  [[0.8659, -0.8659, -0.8659, 0.8659], [1.5, -0.4999, -0.4999, -0.4999]]
     got       [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]]
-    hint      Each row is a world of its own: take its mean away, then measure what is left in units of its own spread.
+    hint      Each row is a group of its own: subtract its mean, then divide by its own spread.
 """
 
 from grpo_lab.course.checks.advantages import group_advantages

@@ -98,7 +98,7 @@ class Judge:
         """Ok, not yet or to do? Never raises."""
         name = self.contract.partition("(")[0]
         if not callable(fn):
-            what = f"hand over the function itself, without calling it; this is of type {type(fn).__name__}."
+            what = f"pass the function itself, without calling it; got {type(fn).__name__}."
             return Verdict(name, "not yet", what, self.contract)
         known = {setting for case in self.cases for setting in case.settings}
         skipped = sorted(known - keywords(fn, dict.fromkeys(known), {}).keys())
@@ -191,7 +191,11 @@ def _difference(right: Answer, got: Answer, case: Case) -> str:
     if got.problem.startswith(RAISES) and case.stumbles:
         return f"{case.stumbles}."
     if got.problem:
-        return got.problem if got.problem != UNWRITTEN else f"nothing comes back here. What must hold: {case.says}."
+        return (
+            got.problem
+            if got.problem != UNWRITTEN
+            else f"your function returns nothing here. What must hold: {case.says}."
+        )
     if value.shape != expected.shape:
         return f"your answer has the shape {list(value.shape)}, expected {list(expected.shape)}."
     types = AS_GOOD if expected.is_floating_point() else (torch.bool,)
@@ -203,7 +207,9 @@ def _difference(right: Answer, got: Answer, case: Case) -> str:
     if _same(right, got, case):
         return ""
     if not got.gradient.any():
-        return "the value is right, but no gradient reaches the first argument: it was detached, or made a number."
+        return (
+            "the value is right, but no gradient reaches the first argument: it was detached or turned into a number."
+        )
     return f"the value is right, but its gradient is not. What must hold: {case.says}."
 
 
