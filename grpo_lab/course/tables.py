@@ -8,12 +8,12 @@ from grpo_lab.training.figures import COLOURS
 
 
 def completions_table(rows: Sequence[Mapping[str, Any]], tokenizer=None) -> str:
-    """Rows of completions.jsonl as an HTML table: prompt, completion, reward, advantage.
+    """Return rows of completions.jsonl as an HTML table: prompt, completion, reward, advantage.
 
-    With the tokenizer, and where the row has them, each token is shaded by its log-ratio to the reference.
+    With a tokenizer, and if the row has log-probabilities, each token is shaded by its log-ratio to the reference.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
-    names = names if len(names) > 1 else []  # one reward is the reward
+    names = names if len(names) > 1 else []  # a single reward function is the reward itself
     text, number = "padding:2px 2em 2px 0; text-align:left", "padding:2px 1em; text-align:right"
     head = {"prompt": text, "completion": text, **dict.fromkeys(("reward", *names, "advantage"), number)}
     lines = []
@@ -47,13 +47,13 @@ def _completion(row: Mapping[str, Any], tokenizer) -> str:
 
 
 def _shade(value: float) -> str:
-    """Blue for positive, orange for negative, clear for zero; full at 1."""
+    """Return blue for positive, orange for negative, transparent for zero; full strength at 1."""
     strength = min(1.0, abs(value)) * 0.6
     return f"rgba(0,114,178,{strength:.2f})" if value >= 0 else f"rgba(230,159,0,{strength:.2f})"
 
 
 def progress_bar(done: int, total: int, seconds_left: float) -> str:
-    """How far a run is, as HTML."""
+    """Return the progress of a run as HTML."""
     share = done / total
     words = f"step {done} of {total}" + (f", about {seconds_left:.0f} s left" if done < total else "")
     return (

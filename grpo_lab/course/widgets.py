@@ -37,7 +37,7 @@ Record = TypeVar("Record")
 
 
 class _Controlled:
-    """Controls above a view that is made anew whenever one of them moves; each is an attribute of its name."""
+    """Controls above a view that is redrawn whenever a control changes; each control is an attribute with its name."""
 
     def __init__(self, controls: Mapping[str, ipywidgets.Box], view: ipywidgets.Widget, *, continuous: bool = True):
         self._controls = {name: row.control for name, row in controls.items()}
@@ -53,14 +53,14 @@ class _Controlled:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The present value of each control."""
+        """The current value of each control."""
         return {name: control.value for name, control in self._controls.items()}
 
     def _update(self) -> None:
         raise NotImplementedError
 
     def _view(self) -> dict[str, Any]:
-        # what every front end shows that has a kernel
+        # shown by every front end that has a kernel
         return {
             "application/vnd.jupyter.widget-view+json": {
                 "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id,
@@ -69,15 +69,15 @@ class _Controlled:
 
 
 class Explorer(_Controlled):
-    """A figure that follows its controls.
+    """A figure that is redrawn when one of its controls changes.
 
     Args:
-        draw: `draw(figure, **values) -> str` draws into the figure and says in words and rounded numbers what it
-            shows. The figure is empty, or has what `ground` drew.
-        ground: `ground(figure)` draws what no control changes: axes with their limits, labels and titles. It is drawn
-            once, and `draw` adds to `figure.axes`; an answer then takes a third of the time.
+        draw: `draw(figure, **values) -> str` draws into the figure and describes it in words and rounded numbers.
+            The figure is empty, or has what `ground` drew.
+        ground: `ground(figure)` draws what no control changes: axes with their limits, labels and titles. It is called
+            once, and `draw` adds to `figure.axes`; a redraw then takes a third of the time.
         size: in inches.
-        continuous: redraw while a slider is dragged; False where a redraw takes more than a tenth of a second.
+        continuous: redraw while a slider is dragged; use False if a redraw takes more than a tenth of a second.
         controls: `name=slider(...)` or `name=choice(...)`; each is then `explorer.name`, with a `.value`.
 
     >>> explorer = Explorer(lambda figure, K: f"K = {K}", K=slider("group size K", 2, 64, 8))
@@ -101,12 +101,12 @@ class Explorer(_Controlled):
         super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
 
     def at(self, **values) -> "Explorer":
-        """A fresh one, at these values and else at the present ones: what has been shown stays as it was shown."""
+        """Return a new Explorer with these values, otherwise the current ones; the present one stays as it is."""
         now = self.values | values
         return self._again(**{name: self._rows[name].anew(value=value) for name, value in now.items()})
 
     def _update(self) -> None:
-        # a new figure is made sooner than an old one is cleared
+        # making a new figure is faster than clearing the old one
         self.figure = self._stage.cleared() if self._stage else Figure(self._size, SCREEN_DPI)
         self.text = self._draw(self.figure, **self.values)
         picture = self._stage.png() if self._stage else png(self.figure, SCREEN_DPI)
@@ -122,7 +122,7 @@ class Explorer(_Controlled):
 
 
 class _Stage:
-    """A figure of which only what is added to its axes is drawn anew; the rest is kept as pixels."""
+    """A figure whose background is kept as pixels; only what is added to its axes is redrawn."""
 
     def __init__(self, figure: Figure):
         self.figure, self.canvas = figure, FigureCanvasAgg(figure)
@@ -131,16 +131,16 @@ class _Stage:
         self.pixels = self.canvas.copy_from_bbox(figure.bbox)
 
     def cleared(self) -> Figure:
-        """The figure without what was added."""
+        """Remove what was added to the background, and return the figure."""
         for artist in self._added():
             artist.remove()
         for axes in self.figure.axes:
-            axes.containers.clear()  # bars that are removed leave theirs behind,
-            axes.set_prop_cycle(None)  # and whoever names no colour would get the next one
+            axes.containers.clear()  # removed bars leave their container behind,
+            axes.set_prop_cycle(None)  # and plots without a colour would get the next one
         return self.figure
 
     def png(self) -> bytes:
-        """The picture, with what was added on top."""
+        """Return the picture: the background with what was added on top."""
         self.canvas.restore_region(self.pixels)
         for artist in self._added():
             artist.draw(self.canvas.renderer)
@@ -157,7 +157,7 @@ class _Stage:
 
 
 class Picture:
-    """A figure together with what it shows in words: the words are compared by the tests, the figure is looked at."""
+    """A figure together with its description in words; the tests of the notebooks compare the words."""
 
     def __init__(self, figure: Figure, text: str):
         self.figure, self.text = figure, text
@@ -170,21 +170,21 @@ class Picture:
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """The figure as the bytes of a PNG."""
+    """Return the figure as the bytes of a PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 
 def img_tag(picture: bytes, alt: str, figure: Figure) -> str:
-    """The picture as HTML, as wide as the figure is in inches of 80 pixels."""
+    """Return the picture as an HTML image, 80 pixels per inch of the figure's width."""
     width = round(figure.get_figwidth() * SCREEN_DPI)
     data = base64.b64encode(picture).decode()
     return f'<img width="{width}" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def _png_with_words(figure: Figure, text: str) -> bytes:
-    # Where there is a picture a front end shows no text/plain; so the words stand below it, within the PNG.
+    # A front end that shows the picture does not show text/plain, so the words are put into the PNG, below the picture.
     width = figure.get_figwidth()
     columns = int(13.2 * width)  # of DejaVu Sans Mono at 9 points, and a margin
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns, subsequent_indent="  ",
@@ -205,9 +205,9 @@ def _picture(figure: Figure, text: str, more: Mapping[str, Any] | None = None) -
 
 
 def show_source(*functions: Callable, when: object = True) -> Markdown:
-    """The code of functions as it is in the package, without docstrings and notes to our tools.
+    """Return the source of functions of the package, without docstrings and comments for tools.
 
-    when: if this is false, such as the verdict on the learner's own, only a line that it will come.
+    when: if this is false, such as the verdict on the learner's own version, show only a line that says so.
     """
     if not when:
         return Markdown("The package's own appears here when yours is right.")
@@ -225,13 +225,13 @@ def _code(function: Callable) -> str:
 
 
 def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: int = 8) -> Iterator[Record]:
-    """Pass the records of a run on, and show them as they come: curves, completions, progress, time left.
+    """Yield the records of a run, and show them as they come: curves, completions, progress, time left.
 
     Args:
         records: `trainer.steps()`, or anything with `.metrics` and `.completions`.
-        total: how many will come.
-        seconds: between two pictures; drawing one takes about a fifth of a second.
-        rows: completions in the table; groups that teach something come first.
+        total: the number of records.
+        seconds: the time between two pictures; drawing one takes about 0.2 s.
+        rows: the number of completions in the table; groups whose rewards differ come first.
     """
     history: list[Mapping[str, Any]] = []
     began = shown = time.perf_counter()
@@ -264,14 +264,14 @@ def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:
 
 
 class SampleBrowser(_Controlled):
-    """What the model wrote, step by step: the K completions of a prompt with rewards and advantages.
+    """Browse the logged completions: the K completions of a prompt at a step, with rewards and advantages.
 
     It opens at the last logged step whose rewards differ within a group, on the group where they differ most.
     Tokens are coloured by how far the policy had moved from the reference: the log-ratio in nats.
 
     Args:
         path: the `completions.jsonl` of a run, or its folder.
-        tokenizer: shows the tokens one by one; without it, completions are shown whole.
+        tokenizer: needed to colour each token; without it, completions are shown as plain text.
     Raises: ValueError if the run has logged no completions.
     """
 

@@ -1,9 +1,9 @@
-"""Judges for what a learner writes: right, or which mistake is it?
+"""Judges of a learner's functions: is it right, or which mistake is in it?
 
-A judge asks a function small questions, from the simplest to the trickiest, and compares value, shape, type
-and gradient. If one is wrong, it asks the classic wrong versions the same questions: the one that answers as
-the learner did is the likely mistake. A judge never raises and draws no random numbers; it returns a Verdict.
-A setting such as `temperature` is tried only if the function takes it. A function that hangs is waited for.
+A judge calls a function with small inputs, from the simplest to the trickiest, and compares value, shape, dtype
+and gradient with the reference. If a case fails, it calls known wrong versions with the same inputs: the one that
+returns what the learner's function returned is the likely mistake. A judge never raises, uses no random numbers, and
+returns a Verdict. A setting such as `temperature` is tested only if the function takes it. There is no timeout.
 
 >>> group_advantages
 group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1e-4 is added to it

@@ -10,7 +10,7 @@ from grpo_lab.course.checks.judge import Case, Judge
 
 
 def _k(formula: Callable, early: bool = True) -> Callable:
-    # formula: of d = log pi - log ref
+    # formula(d) with d = log pi - log ref
     return lambda lp, ref, mask: formula((lp - ref).where(mask | (not early), 0.0)).where(mask, 0.0)
 
 

@@ -10,7 +10,7 @@ from grpo_lab.course.checks.judge import Case, Judge
 
 
 def _scored(formula: Callable) -> Callable:
-    # of the logits and the tokens; the settings are right
+    # formula(logits, tokens), with the settings applied correctly
     def logprobs_of(z, x, temperature=1.0, kept=None):
         cut = torch.zeros(()) if kept is None else (kept[..., None] != torch.arange(z.shape[-1])).all(-2)
         return formula((z / temperature).masked_fill(cut.bool(), -torch.inf), x)

@@ -31,7 +31,7 @@ def clip_to(formula: Callable, masked: Callable = lambda gain, mask: gain.where(
 
 
 def least(u, v, *_) -> Tensor:
-    """Return the smaller of the unclipped and the clipped gain: the right formula for `clip_to`."""
+    """Return the smaller of the unclipped and the clipped gain, which is the right formula for `clip_to`."""
     return torch.minimum(u, v)
 
 

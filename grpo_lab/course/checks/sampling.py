@@ -52,7 +52,7 @@ completion_mask = Judge(
 
 
 def _kept(fn: Callable) -> Callable:
-    # ids padded with -1, a mask of the vocabulary, logits with -inf, None for "nothing is cut": all become a mask
+    # convert ids padded with -1, a mask, logits with -inf, or None ("nothing is cut") to a mask over the vocabulary
     def mask(logits, **settings):
         answer = fn(logits, **settings)
         if answer is None and _top(logits, **settings) is None:
@@ -76,7 +76,7 @@ def _kept(fn: Callable) -> Callable:
 
 
 def _cut(keep=lambda p, total, top_p: total - p < top_p, sort=True, back=True, after_top_k=True, hot=True) -> Callable:
-    # keep: of the probabilities from the likeliest down, their running sum and top_p
+    # keep(p, total, top_p): p sorted from the largest, total its cumulative sum
     def cut(logits, temperature=1.0, top_k=0, top_p=1.0):
         z = logits / temperature if hot else logits
         order = z.argsort(-1, descending=True)

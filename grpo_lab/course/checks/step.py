@@ -14,7 +14,7 @@ from grpo_lab.course.checks.losses import clip_to, grpo_loss, least, loss_from
 
 
 class _Policy(nn.Module):
-    """The smallest policy: a weight for each token of the vocabulary, whatever came before."""
+    """The smallest policy: one logit per token, whatever the context."""
 
     def __init__(self, weights: Tensor):
         super().__init__()
@@ -26,7 +26,7 @@ class _Policy(nn.Module):
 
 
 class _Asked:
-    """The policy as notebook 07 hands it over: a function from tokens to logits, and nothing else."""
+    """The policy as notebook 07 passes it: a function from tokens to logits, and nothing else."""
 
     def __init__(self, policy: _Policy):
         self.policy = policy
