@@ -1,4 +1,4 @@
-"""Several runs in one picture: reads their folders, joins the seeds of a run, draws, and says what is drawn."""
+"""Compare several runs: read their folders, join the seeds of a run, draw a figure, and describe it in words."""
 
 import math
 import re
@@ -26,13 +26,15 @@ LINES = ("-", "--", "-.", (0, (1, 1)))
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, list[Rows]]:
-    """Rows of metrics.jsonl by the run's name, one list for each of its seeds.
+    """Return the rows of metrics.jsonl by the name of the run, one list per seed.
 
-    Folders side by side whose names differ in their `-seed0` alone are seeds of one run. A name is as much of the path
-    as tells it from the others.
-    Raises: ValueError that names a folder without metrics, and what is in it instead.
+    Folders with the same parent whose names differ only in `-seed0` are seeds of one run. A name is the shortest end of
+    the path that no other run has.
+    Raises: ValueError for a folder without metrics; it names the folder and what is in it.
     """
-    given = list(dict.fromkeys(Path(abspath(folder)) for folder in folders))  # one that is given twice is drawn once
+    given = list(
+        dict.fromkeys(Path(abspath(folder)) for folder in folders)
+    )  # a folder that is given twice is drawn once
     runs: dict[Path, list[Path]] = {}
     for folder in given:
         together = folder.parent / re.sub(r"(?<=.)[-_]seed[-_]?\d+$", "", folder.name)
@@ -42,7 +44,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, list[Rows]]:
 
 
 def _tail(path: Path, paths: Sequence[Path]) -> str:
-    # the last parts of a path, as many as no other path has
+    # return the shortest end of a path that no other path has
     tails = (path.parts[-deep:] for deep in range(1, len(path.parts) + 1))
     return str(Path(*next(tail for tail in tails if sum(p.parts[-len(tail) :] == tail for p in paths) == 1)))
 
@@ -66,9 +68,9 @@ def _number(value: Any) -> bool:
 
 
 def curve(seeds: Sequence[Rows], metric: str) -> list[tuple[float, float, float, float]]:
-    """What is drawn of a run: (step, mean over its seeds, lowest seed, highest seed), at the steps that all seeds have.
+    """Return (step, mean over seeds, lowest seed, highest seed) at the steps that all seeds have.
 
-    Each seed is averaged over neighbouring rows first (`running_mean`).
+    Each seed is first averaged over neighbouring rows (`running_mean`).
     """
     lines = []
     for rows in seeds:
@@ -80,7 +82,7 @@ def curve(seeds: Sequence[Rows], metric: str) -> list[tuple[float, float, float,
 
 
 def comparison_figure(runs: Mapping[str, Sequence[Rows]], metrics: Sequence[str] = DEFAULT_METRICS) -> "Figure":
-    """A panel for each metric, a line for each run, against the step; shaded: from the lowest to the highest seed.
+    """Draw one panel per metric and one line per run, against the step; shaded from the lowest to the highest seed.
 
     Made without pyplot, as `training_figure` is.
     Raises: ValueError for a metric that no run has, or for more runs than can be told apart.
@@ -113,7 +115,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Rows]], metrics: Sequence[str]
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         low, high = panel.get_ylim()
-        panel.set_ylim(min(0.0, low), high + 0.05 * (high - min(0.0, low)))  # a level line is seen whole
+        panel.set_ylim(min(0.0, low), high + 0.05 * (high - min(0.0, low)))  # a constant line is not cut off
     for panel in list(figure.axes)[len(metrics) :]:
         panel.remove()
     figure.legend(figure.axes[0].lines, labels, loc="outside lower center", ncols=keys, frameon=False)
@@ -121,7 +123,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Rows]], metrics: Sequence[str]
 
 
 def _label(name: str) -> str:
-    # matplotlib takes what stands between dollars for a formula
+    # matplotlib reads text between dollar signs as a formula
     name = name.encode("utf-8", "replace").decode().replace("$", r"\$")
     return "\n".join(textwrap.wrap(name, 40))
 
@@ -132,12 +134,12 @@ def _meaning(metric: str) -> str:
 
 
 def logged(runs: Mapping[str, Sequence[Rows]]) -> list[str]:
-    """The metrics that some run has a number of, besides the step."""
+    """Return the metrics, except the step, for which some run has a number."""
     return sorted({k for seeds in runs.values() for rows in seeds for r in rows for k in r if _number(r[k])} - {"step"})
 
 
 def summary(runs: Mapping[str, Sequence[Rows]], metrics: Sequence[str]) -> str:
-    """In words what `comparison_figure` draws: each run's steps and seeds, and where its reward begins and ends."""
+    """Describe what `comparison_figure` draws: each run's steps and seeds, and its first and last reward."""
     lines = ["Lines: mean over up to 7 neighbouring rows and all seeds; shaded: from the lowest seed to the highest."]
     for name, seeds in runs.items():
         points, metric = next(((p, m) for m in ("reward", *metrics) if (p := curve(seeds, m))), ([], ""))

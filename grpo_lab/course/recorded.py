@@ -10,25 +10,25 @@ from grpo_lab.training.metrics import JsonLines
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run that was made before, from its folder in runs/."""
+    """A recorded run, read from its folder in runs/."""
 
     info: dict[str, Any]
-    """Of run.json: settings, seed, date, device, versions, accuracy before and after."""
+    """The contents of run.json: settings, seed, date, device, versions, accuracy before and after."""
     metrics: list[dict[str, Any]]
     completions: list[dict[str, Any]]
 
     @property
     def label(self) -> str:
-        """When and where, to stand beside everything that is drawn from it."""
+        """Date, device and PyTorch version, shown beside every figure of this run."""
         return f"recorded {self.info['date']} on {self.info['device']}, PyTorch {self.info['versions']['torch']}"
 
 
 def recorded_runs(name: str, folder: str | Path | None = None) -> list[RecordedRun]:
-    """The recorded runs of this name, one per seed, in the order of the seeds.
+    """Return the recorded runs of this name, one per seed, sorted by seed.
 
     Args:
-        name: a folder's name in runs/ without its seed, such as "K-4".
-        folder: runs/ itself; None looks for it in this folder, those above it, and beside the package.
+        name: the name of a folder in runs/ without its seed, such as "K-4".
+        folder: the folder runs/; None searches the current folder, its parents, and the folder of the package.
     Raises: ValueError if there are none.
     """
     places = [Path(folder)] if folder else [p / "runs" for p in (*_here_and_above(), Path(__file__).parents[2])]

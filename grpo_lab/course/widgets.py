@@ -1,7 +1,7 @@
-"""Sliders over figures, a dashboard over a run, and a browser for its samples: thin ipywidgets over reporting.
+"""Figures that follow sliders, a dashboard for a run, and a browser for its samples.
 
-Whatever is shown here also shows itself where no widget runs (GitHub, nbviewer, a PDF): as a picture, and in
-words with rounded numbers, which is what the tests of the notebooks compare.
+Where no widget runs (GitHub, nbviewer, a PDF) each of them is shown as a picture, and in words with rounded numbers;
+the tests of the notebooks compare the words.
 """
 
 import ast
@@ -25,6 +25,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
+from grpo_lab.course.controls import choice as choice
+from grpo_lab.course.controls import slider
+from grpo_lab.course.controls import steps as steps  # lessons import all three from here
 from grpo_lab.course.tables import completions_table, progress_bar
 from grpo_lab.training.figures import training_figure
 from grpo_lab.training.metrics import JsonLines
@@ -33,73 +36,8 @@ SCREEN_DPI, PRINT_DPI = 80, 160  # a slider's answer should come at once; what i
 Record = TypeVar("Record")
 
 
-def slider(label: str, low: float, high: float, value: float, step: float = 1) -> ipywidgets.Box:
-    """A slider beside a field with its name and number, each following the other.
-
-    The field is what a screen reader finds: ipywidgets' sliders have no accessible name. `.value` and
-    `.observe` of the slider are those of the result's `control`.
-    """
-    whole = all(float(x).is_integer() for x in (low, high, value, step))
-    Slider, Field = (
-        (ipywidgets.IntSlider, ipywidgets.BoundedIntText) if whole else
-        (ipywidgets.FloatSlider, ipywidgets.BoundedFloatText)
-    )  # fmt: skip
-    settings = {"min": low, "max": high, "value": value, "step": step}
-    control = Slider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
-    field = Field(**settings, description=label, style={"description_width": "initial"},
-                  layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
-
-    def show(change) -> None:  # the browser adds steps up, and 0.44000000000000006 is no number to show
-        field.value = round(change.new, 6)
-
-    def move(change) -> None:
-        if abs(change.new - control.value) > step / 1000:
-            control.value = change.new
-
-    control.observe(show, "value")
-    field.observe(move, "value")
-    return _row(partial(slider, label, low, high, step=step), control, field)
-
-
-def choice(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
-    """Buttons of which one is pressed."""
-    control = ipywidgets.ToggleButtons(
-        options=list(options), value=value or options[0], style={"button_width": "auto"},
-        layout=ipywidgets.Layout(width="max-content"),
-    )  # fmt: skip
-    return _row(partial(choice, label, options), control, ipywidgets.Label(label))  # its own label would stand above
-
-
-def steps(label: str, options: Sequence[str], value: str | None = None) -> ipywidgets.Box:
-    """A slider over ordered words or numbers that are not evenly spaced, beside a list with its name and their names.
-
-    The list is what a screen reader finds, as the field is beside `slider`.
-    """
-    settings = {"options": list(options), "value": value or options[0]}
-    control = ipywidgets.SelectionSlider(**settings, readout=False, layout=ipywidgets.Layout(width="220px"))
-    field = ipywidgets.Dropdown(**settings, description=label, style={"description_width": "initial"},
-                                layout=ipywidgets.Layout(width=f"{len(label) * 8 + 90}px"))  # fmt: skip
-
-    def show(change) -> None:
-        field.value = change.new
-
-    def move(change) -> None:
-        control.value = change.new
-
-    control.observe(show, "value")
-    field.observe(move, "value")
-    return _row(partial(steps, label, options), control, field)
-
-
-def _row(anew: Callable[..., ipywidgets.Box], control, field) -> ipywidgets.Box:
-    layout = ipywidgets.Layout(margin="0 24px 0 0", align_items="center")
-    row = ipywidgets.HBox([field, control], layout=layout)
-    row.control, row.anew = control, anew
-    return row
-
-
 class _Controlled:
-    """Controls above a view that is made anew whenever one of them moves; each is an attribute of its name."""
+    """Controls above a view that is redrawn whenever a control changes; each control is an attribute with its name."""
 
     def __init__(self, controls: Mapping[str, ipywidgets.Box], view: ipywidgets.Widget, *, continuous: bool = True):
         self._controls = {name: row.control for name, row in controls.items()}
@@ -115,14 +53,14 @@ class _Controlled:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The present value of each control."""
+        """The current value of each control."""
         return {name: control.value for name, control in self._controls.items()}
 
     def _update(self) -> None:
         raise NotImplementedError
 
     def _view(self) -> dict[str, Any]:
-        # what every front end shows that has a kernel
+        # shown by every front end that has a kernel
         return {
             "application/vnd.jupyter.widget-view+json": {
                 "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id,
@@ -131,15 +69,15 @@ class _Controlled:
 
 
 class Explorer(_Controlled):
-    """A figure that follows its controls.
+    """A figure that is redrawn when one of its controls changes.
 
     Args:
-        draw: `draw(figure, **values) -> str` draws into the figure and says in words and rounded numbers what it
-            shows. The figure is empty, or has what `ground` drew.
-        ground: `ground(figure)` draws what no control changes: axes with their limits, labels and titles. It is drawn
-            once, and `draw` adds to `figure.axes`; an answer then takes a third of the time.
+        draw: `draw(figure, **values) -> str` draws into the figure and describes it in words and rounded numbers.
+            The figure is empty, or has what `ground` drew.
+        ground: `ground(figure)` draws what no control changes: axes with their limits, labels and titles. It is called
+            once, and `draw` adds to `figure.axes`; a redraw then takes a third of the time.
         size: in inches.
-        continuous: redraw while a slider is dragged; False where a redraw takes more than a tenth of a second.
+        continuous: redraw while a slider is dragged; use False if a redraw takes more than a tenth of a second.
         controls: `name=slider(...)` or `name=choice(...)`; each is then `explorer.name`, with a `.value`.
 
     >>> explorer = Explorer(lambda figure, K: f"K = {K}", K=slider("group size K", 2, 64, 8))
@@ -163,12 +101,12 @@ class Explorer(_Controlled):
         super().__init__(controls, ipywidgets.VBox([self._image, self._words]), continuous=continuous)
 
     def at(self, **values) -> "Explorer":
-        """A fresh one, at these values and else at the present ones: what has been shown stays as it was shown."""
+        """Return a new Explorer with these values, otherwise the current ones; the present one stays as it is."""
         now = self.values | values
         return self._again(**{name: self._rows[name].anew(value=value) for name, value in now.items()})
 
     def _update(self) -> None:
-        # a new figure is made sooner than an old one is cleared
+        # making a new figure is faster than clearing the old one
         self.figure = self._stage.cleared() if self._stage else Figure(self._size, SCREEN_DPI)
         self.text = self._draw(self.figure, **self.values)
         picture = self._stage.png() if self._stage else png(self.figure, SCREEN_DPI)
@@ -184,7 +122,7 @@ class Explorer(_Controlled):
 
 
 class _Stage:
-    """A figure of which only what is added to its axes is drawn anew; the rest is kept as pixels."""
+    """A figure whose background is kept as pixels; only what is added to its axes is redrawn."""
 
     def __init__(self, figure: Figure):
         self.figure, self.canvas = figure, FigureCanvasAgg(figure)
@@ -193,16 +131,16 @@ class _Stage:
         self.pixels = self.canvas.copy_from_bbox(figure.bbox)
 
     def cleared(self) -> Figure:
-        """The figure without what was added."""
+        """Remove what was added to the background, and return the figure."""
         for artist in self._added():
             artist.remove()
         for axes in self.figure.axes:
-            axes.containers.clear()  # bars that are removed leave theirs behind,
-            axes.set_prop_cycle(None)  # and whoever names no colour would get the next one
+            axes.containers.clear()  # removed bars leave their container behind,
+            axes.set_prop_cycle(None)  # and plots without a colour would get the next one
         return self.figure
 
     def png(self) -> bytes:
-        """The picture, with what was added on top."""
+        """Return the picture: the background with what was added on top."""
         self.canvas.restore_region(self.pixels)
         for artist in self._added():
             artist.draw(self.canvas.renderer)
@@ -219,7 +157,7 @@ class _Stage:
 
 
 class Picture:
-    """A figure together with what it shows in words: the words are compared by the tests, the figure is looked at."""
+    """A figure together with its description in words; the tests of the notebooks compare the words."""
 
     def __init__(self, figure: Figure, text: str):
         self.figure, self.text = figure, text
@@ -232,21 +170,21 @@ class Picture:
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """The figure as the bytes of a PNG."""
+    """Return the figure as the bytes of a PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 
 def img_tag(picture: bytes, alt: str, figure: Figure) -> str:
-    """The picture as HTML, as wide as the figure is in inches of 80 pixels."""
+    """Return the picture as an HTML image, 80 pixels per inch of the figure's width."""
     width = round(figure.get_figwidth() * SCREEN_DPI)
     data = base64.b64encode(picture).decode()
     return f'<img width="{width}" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def _png_with_words(figure: Figure, text: str) -> bytes:
-    # Where there is a picture a front end shows no text/plain; so the words stand below it, within the PNG.
+    # A front end that shows the picture does not show text/plain, so the words are put into the PNG, below the picture.
     width = figure.get_figwidth()
     columns = int(13.2 * width)  # of DejaVu Sans Mono at 9 points, and a margin
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns, subsequent_indent="  ",
@@ -267,9 +205,9 @@ def _picture(figure: Figure, text: str, more: Mapping[str, Any] | None = None) -
 
 
 def show_source(*functions: Callable, when: object = True) -> Markdown:
-    """The code of functions as it is in the package, without docstrings and notes to our tools.
+    """Return the source of functions of the package, without docstrings and comments for tools.
 
-    when: if this is false, such as the verdict on the learner's own, only a line that it will come.
+    when: if this is false, such as the verdict on the learner's own version, show only a line that says so.
     """
     if not when:
         return Markdown("The package's own appears here when yours is right.")
@@ -287,13 +225,13 @@ def _code(function: Callable) -> str:
 
 
 def watch(records: Iterable[Record], total: int, *, seconds: float = 1.0, rows: int = 8) -> Iterator[Record]:
-    """Pass the records of a run on, and show them as they come: curves, completions, progress, time left.
+    """Yield the records of a run, and show them as they come: curves, completions, progress, time left.
 
     Args:
         records: `trainer.steps()`, or anything with `.metrics` and `.completions`.
-        total: how many will come.
-        seconds: between two pictures; drawing one takes about a fifth of a second.
-        rows: completions in the table; groups that teach something come first.
+        total: the number of records.
+        seconds: the time between two pictures; drawing one takes about 0.2 s.
+        rows: the number of completions in the table; groups whose rewards differ come first.
     """
     history: list[Mapping[str, Any]] = []
     began = shown = time.perf_counter()
@@ -326,13 +264,14 @@ def _state(history: Sequence[Mapping[str, Any]], total: int) -> str:
 
 
 class SampleBrowser(_Controlled):
-    """What the model wrote, step by step: the K completions of a prompt with rewards and advantages.
+    """Browse the logged completions: the K completions of a prompt at a step, with rewards and advantages.
 
+    It opens at the last logged step whose rewards differ within a group, on the group where they differ most.
     Tokens are coloured by how far the policy had moved from the reference: the log-ratio in nats.
 
     Args:
         path: the `completions.jsonl` of a run, or its folder.
-        tokenizer: shows the tokens one by one; without it, completions are shown whole.
+        tokenizer: needed to colour each token; without it, completions are shown as plain text.
     Raises: ValueError if the run has logged no completions.
     """
 
@@ -346,10 +285,13 @@ class SampleBrowser(_Controlled):
         self._groups = {step: _by_prompt([row for row in rows if row["step"] == step]) for step in self._steps}
         self._view_html = ipywidgets.HTML()
         most = max(len(groups) for groups in self._groups.values())
+        differ = [step for step in self._steps if any(map(_spread, self._groups[step]))]
+        start = differ[-1] if differ else self._steps[-1]
+        spreads = list(map(_spread, self._groups[start]))
         super().__init__(
             {
-                "step": slider("logged step", 1, len(self._steps), len(self._steps)),
-                "prompt": slider("prompt", 1, most, 1),
+                "step": slider("logged step", 1, len(self._steps), self._steps.index(start) + 1),
+                "prompt": slider("prompt", 1, most, spreads.index(max(spreads)) + 1),
             },
             self._view_html,
         )
@@ -359,7 +301,8 @@ class SampleBrowser(_Controlled):
         groups = self._groups[step]
         rows = groups[min(self.prompt.value, len(groups)) - 1]
         self.text = f"step {step}, {rows[0]['prompt']}: " + ", ".join(
-            f"{row['completion']} ({row['reward']:.2f})" for row in rows
+            f"{row['completion']} ({'no reward' if row['reward'] is None else format(row['reward'], '.2f')})"
+            for row in rows
         )
         title = f"<b>step {step}</b> · prompt {min(self.prompt.value, len(groups))} of {len(groups)}"
         self.html = title + completions_table(rows, self._tokenizer)
@@ -370,6 +313,11 @@ class SampleBrowser(_Controlled):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"text/plain": self.text, "text/html": self.html, **self._view()}
+
+
+def _spread(group: Sequence[Mapping[str, Any]]) -> float:
+    rewards = [row["reward"] for row in group if row["reward"] is not None]
+    return max(rewards, default=0.0) - min(rewards, default=0.0)
 
 
 def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -1,8 +1,12 @@
 """Sliders move figures, runs are watched, samples are browsed: without a browser, through the widgets' own values."""
 
 import base64
+import html
 import io
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -143,9 +147,9 @@ def test_words_are_text_and_never_markup(explorer):
     assert 'alt="mean of K = 8 &lt;b&gt;"' in explorer._image.value
 
 
-def test_a_slider_has_a_name_that_a_screen_reader_finds():
+def test_the_field_of_a_slider_follows_it_and_shows_a_rounded_number():
     row = slider("KL weight β", 0.0, 1.0, 0.25, 0.05)
-    field, control = row.children
+    field, control, _ = row.children
     assert (field.description, field.value, field.max) == ("KL weight β", 0.25, 1.0)
     assert isinstance(control, ipywidgets.FloatSlider)
     assert isinstance(slider("K", 2, 64, 8).control, ipywidgets.IntSlider)
@@ -155,9 +159,48 @@ def test_a_slider_has_a_name_that_a_screen_reader_finds():
     assert control.value == row.control.value == 0.75
 
 
+SPOKEN = """
+const row = {querySelector: () => handle}, handle = {ariaValueText: "%s", ariaValueNow: "%s"};
+let observed;
+globalThis.MutationObserver = class { constructor(say) { observed = say; } observe() {} };
+(function () { %s }).call({closest: () => row});
+handle.ariaValueText = "%s", handle.ariaValueNow = "%s";
+observed();
+console.log(JSON.stringify([handle.ariaLabel, handle.ariaValueText]));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js to run the script")
+@pytest.mark.parametrize(
+    ("row", "at_first", "moved", "spoken"),
+    [
+        (slider('weight "β"', 0, 1, 0.25, 0.05), "0.25", "0.30000000000000004", ['weight "β"', "0.3"]),
+        (slider("K", 2, 9, 3), "3", "4", ["K", "4"]),
+        (steps("rate", ["0", "1e-3", "0.3"]), "0", "1.0", ["rate", "1e-3"]),
+    ],
+    ids=["float", "whole", "steps"],
+)
+def test_a_screen_reader_hears_the_name_of_a_slider_and_a_rounded_value(row, at_first, moved, spoken):
+    tag = row.children[-1].value
+    script = html.unescape(re.fullmatch(r'<img alt="" src="data:," onerror="([^"]*)">', tag)[1])
+    code = SPOKEN % (at_first, at_first, script, moved, moved)
+    printed = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert json.loads(printed) == spoken
+
+
+def test_every_slider_tells_a_screen_reader_its_name(run):
+    explorer = Explorer(lambda figure, **values: "", a=slider("first", 0, 1, 0), b=steps("second", ["x", "y"]))
+    for widget, names in (
+        (explorer.widget, ("first", "second")),
+        (SampleBrowser(run).widget, ("logged step", "prompt")),
+    ):
+        rows = widget.children[0].children
+        assert all(f'"{name}"' in html.unescape(row.children[-1].value) for name, row in zip(names, rows, strict=True))
+
+
 def test_steps_are_a_slider_over_words_and_a_list_with_a_name():
     row = steps("β", ["0", "0.02", "2"], "0.02")
-    field, control = row.children
+    field, control, _ = row.children
     assert (field.description, field.value, field.options) == ("β", "0.02", ("0", "0.02", "2"))
     control.value = "2"
     assert field.value == "2"
@@ -254,7 +297,7 @@ def run(tmp_path):
     rows = [
         logged(s, p, c, r) for s in (1, 10) for p in ("3,5,7:22=", "2,4:6=") for c, r in (("3*5+7", 1.0), ("3+5", 0))
     ]
-    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write(tmp_path, rows)
     return tmp_path
 
 
@@ -266,11 +309,36 @@ def test_samples_are_browsed_by_step_and_prompt(run):
     assert browser.html.count("<tr>") == 3  # the head, and K = 2
 
 
+def write(folder, rows):
+    (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_the_browser_opens_where_right_and_wrong_answers_differ_most(tmp_path):
+    rewards = {1: {"a": (1, 0)}, 2: {"dead": (1, 1), "some": (0.5, 0), "most": (0, 1), "too": (1, 0)}, 3: {"b": (1, 1)}}
+    write(tmp_path, [logged(s, p, "1", r) for s, prompts in rewards.items() for p, rs in prompts.items() for r in rs])
+    browser = SampleBrowser(tmp_path)
+    assert repr(browser) == "step 2, most: 1 (0.00), 1 (1.00)"
+    assert (browser.step.value, browser.prompt.value) == (2, 3)
+    write(tmp_path, [logged(s, "2=", "2", 1) for s in (1, 1, 2, 2)])
+    assert repr(SampleBrowser(tmp_path)) == "step 2, 2=: 2 (1.00), 2 (1.00)"  # nothing but dead groups
+
+
+def test_completions_without_a_reward_are_shown_too(tmp_path):
+    nothing = {"reward": None, "advantage": None, "rewards": {}}
+    unjudged, judged = logged(1, "1=", "1", 1) | nothing, [logged(1, "2=", "2", r) for r in (0, 1)]
+    write(tmp_path, [unjudged, unjudged, *judged, judged[0] | nothing])
+    browser = SampleBrowser(tmp_path)
+    assert repr(browser) == "step 1, 2=: 2 (0.00), 2 (1.00), 2 (no reward)"
+    browser.prompt.value = 1
+    assert repr(browser) == "step 1, 1=: 1 (no reward), 1 (no reward)"
+    assert "None" not in browser.html
+
+
 def test_tokens_are_shaded_by_how_far_the_policy_has_moved(run):
-    html = SampleBrowser(run / "completions.jsonl", make_tokenizer()).html
-    assert "title='+1.00 nats'" in html
-    assert "title='+2.50 nats'" in html
-    assert html.count("<span") == 5 + 3
+    shaded = SampleBrowser(run / "completions.jsonl", make_tokenizer()).html
+    assert "title='+1.00 nats'" in shaded
+    assert "title='+2.50 nats'" in shaded
+    assert shaded.count("<span") == 5 + 3
     assert "<span" not in SampleBrowser(run).html
 
 

@@ -1,9 +1,9 @@
-"""Judges for what a learner writes: right, or which mistake is it?
+"""Judges of a learner's functions: is it right, or which mistake is in it?
 
-A judge asks a function small questions, from the simplest to the trickiest, and compares value, shape, type
-and gradient. If one is wrong, it asks the classic wrong versions the same questions: the one that answers as
-the learner did is the likely mistake. A judge never raises and draws no random numbers; it returns a Verdict.
-A setting such as `temperature` is tried only if the function takes it. A function that hangs is waited for.
+A judge calls a function with small inputs, from the simplest to the trickiest, and compares value, shape, dtype
+and gradient with the reference. If a case fails, it calls known wrong versions with the same inputs: the one that
+returns what the learner's function returned is the likely mistake. A judge never raises, uses no random numbers, and
+returns a Verdict. A setting such as `temperature` is tested only if the function takes it. There is no timeout.
 
 >>> group_advantages
 group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1e-4 is added to it
@@ -12,7 +12,7 @@ group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1
     rewards   [[1, 0, 0, 1], [1, 0, 0, 0]]
     expected  [[0.8659, -0.8659, -0.8659, 0.8659], [1.5, -0.4999, -0.4999, -0.4999]]
     got       [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]]
-    hint      Each row is a world of its own: take its mean away, then measure what is left in units of its own spread.
+    hint      Each row is a group of its own: subtract its mean, then divide by its own spread.
 """
 
 from grpo_lab.course.checks.advantages import group_advantages

@@ -13,7 +13,7 @@ def _group(formula: Callable) -> Callable:
 group_advantages = Judge(
     contract="group_advantages(rewards[P, K]) -> [P, K]; the std divides by K - 1, std_eps = 1e-4 is added to it",
     reference=_adv,
-    hint="Each row is a world of its own: take its mean away, then measure what is left in units of its own spread.",
+    hint="Each row is a group of its own: subtract its mean, then divide by its own spread.",
     cases=(
         # std_eps comes later
         Case("the mean of a group becomes 0, its spread 1", [[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]], atol=3e-4),
@@ -35,11 +35,9 @@ group_advantages = Judge(
         "your std is that of all rewards, not of each group": _group(lambda r, m, s: (r - m) / (r.std() + 1e-4)),
         "your mean is that of all rewards, not of each group": _group(lambda r, m, s: (r - r.mean()) / (s + 1e-4)),
         "you average over the prompts, not in each group": lambda r: (r - r.mean(0)) / (r.std(0) + 1e-4),
-        "your mean or std has lost its column: keepdim=True": lambda r: (r - r.mean(1)) / (r.std(1) + 1e-4),
-        "a bracket is missing: the mean is taken away before you divide": _group(lambda r, m, s: r - m / (s + 1e-4)),
-        "a bracket is missing: std_eps is added to the std, not to the quotient": _group(
-            lambda r, m, s: (r - m) / s + 1e-4
-        ),
+        "your mean or std has lost a dimension: use keepdim=True": lambda r: (r - r.mean(1)) / (r.std(1) + 1e-4),
+        "a bracket is missing: subtract the mean before you divide": _group(lambda r, m, s: r - m / (s + 1e-4)),
+        "a bracket is missing: add std_eps to the std, not to the quotient": _group(lambda r, m, s: (r - m) / s + 1e-4),
         "you compare with the others only, not with the whole group": lambda r: _adv(r, baseline="leave-one-out"),
         "you divide 0 by 0: nothing keeps the division finite": _group(lambda r, m, s: (r - m) / s),
         "your std_eps is inside the root": _group(lambda r, m, s: (r - m) / (s**2 + 1e-4).sqrt()),

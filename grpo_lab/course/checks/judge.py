@@ -1,4 +1,4 @@
-"""The engine of a judge: it asks a learner's function small questions and says what is wrong with it."""
+"""The engine of the judges: call a learner's function on small cases and name what is wrong with it."""
 
 import html
 import inspect
@@ -17,7 +17,7 @@ AS_GOOD = (torch.float32, torch.float64, torch.bool)  # where float32 is expecte
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What a judge says; truthy when all is right. It shows itself as text, and in a notebook as HTML."""
+    """The result of a judge: truthy if everything is right, shown as text, and as HTML in a notebook."""
 
     judge: str
     state: str
@@ -27,7 +27,7 @@ class Verdict:
     inputs: dict[str, str] = field(default_factory=dict)
     """The smallest failing input, by name."""
     compared: dict[str, str] = field(default_factory=dict)
-    """What was expected and what came."""
+    """The expected and the actual result."""
 
     def __bool__(self) -> bool:
         return self.state == "ok"
@@ -56,9 +56,9 @@ class Verdict:
 
 
 class Case:
-    """One question: what must hold, the arguments in order (lists become tensors, tuples lists), and settings.
+    """One test case: what must hold, the positional arguments (lists become tensors, tuples lists), and settings.
 
-    stumbles: what to say to a function that raises here, where one expects it to.
+    stumbles: the message if the function raises here, for an error that is expected.
     """
 
     def __init__(self, says: str, *inputs, atol: float = 1e-5, stumbles: str = "", **settings):
@@ -66,7 +66,7 @@ class Case:
 
 
 class Answer(NamedTuple):
-    """What a function made of a case."""
+    """What a function returned for a case."""
 
     value: Tensor | None = None
     gradient: Tensor | None = None
@@ -76,29 +76,29 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Judge:
-    """Call it with the learner's function; printed, it says what it expects."""
+    """Checks a function when called with it; its repr is the contract."""
 
     contract: str
-    """The signature, and what matters beside it."""
+    """The signature, and what else the function must do."""
     reference: Callable
     cases: tuple[Case, ...]
     """From the simplest to the trickiest."""
     diagnoses: dict[str, Callable]
-    """What to say -> the wrong version that deserves it."""
+    """Message -> the wrong version that it describes."""
     hint: str
     gradient: bool = False
-    """Must a gradient reach the first argument?"""
+    """Whether the gradient with respect to the first argument is compared too."""
     adapt: Callable = lambda fn: fn
-    """Makes of a function, the learner's too, one that takes a case's arguments and returns a tensor."""
+    """Wraps a function so that it takes a case's arguments and returns a tensor."""
 
     def __repr__(self) -> str:
         return self.contract
 
     def __call__(self, fn: Callable) -> Verdict:
-        """Ok, not yet or to do? Never raises."""
+        """Return the verdict on the function. Never raises."""
         name = self.contract.partition("(")[0]
         if not callable(fn):
-            what = f"hand over the function itself, without calling it; this is of type {type(fn).__name__}."
+            what = f"pass the function itself, without calling it; got {type(fn).__name__}."
             return Verdict(name, "not yet", what, self.contract)
         known = {setting for case in self.cases for setting in case.settings}
         skipped = sorted(known - keywords(fn, dict.fromkeys(known), {}).keys())
@@ -112,7 +112,7 @@ class Judge:
                 return Verdict(name, "to do", UNWRITTEN, self.contract)
             wrong = _difference(right, got, case)
             if wrong:
-                # a type that alone is wrong needs no explanation
+                # where only the dtype is wrong, the message says all
                 odd = RAISES in got.problem if got.value is None else not _same(right, got, case)
                 likely = self._diagnose(fn, cases, case) if odd else None
                 names = inspect.signature(self.adapt(self.reference)).parameters
@@ -129,7 +129,7 @@ class Judge:
         leaf = inputs[0]
         try:
             with torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what PyTorch warns of (a std of one number) is in the answer
+                warnings.simplefilter("ignore")  # what PyTorch warns about (a std of one number) shows in the value
                 if self.gradient:
                     inputs[0] = leaf.requires_grad_().clone()  # a leaf itself cannot be changed in place
                 before = show([inputs, *settings.values()], 17)
@@ -141,21 +141,21 @@ class Judge:
                     return Answer(problem="you change an input in place: make a new tensor instead.")
                 if not self.gradient:
                     return Answer(value.detach().cpu())
-                # an answer that does not depend on the input may well be a plain number: its gradient is 0
+                # a result that does not depend on the input may be a plain number: its gradient is 0
                 slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
                 return Answer(value.detach().cpu(), torch.zeros_like(leaf) if slope is None else slope)
         except UnreadableError as error:
             return Answer(problem=f"your answer must be {error}.")
         except Exception as error:  # a wrong answer is feedback, not a crash
             text = " ".join(str(error).split())[:300]
-            # PyTorch raises this too, where an operation lacks a type: "... not implemented for 'Bool'"
+            # PyTorch raises this too, for a dtype that an operation does not support: "... not implemented for 'Bool'"
             if isinstance(error, NotImplementedError) and "implemented for" not in text:
                 return Answer(problem=UNWRITTEN)
             return Answer(problem=f"{RAISES} {type(error).__name__}" + (f": {text}" if text else "."))
 
     def _diagnose(self, fn: Callable, cases: list[Case], failing: Case) -> str | None:
-        # A wrong version explains the failure if it answers as the learner does there, and nothing refutes it: nowhere
-        # else is it wrong and the learner right. Of several, the one that agrees with the learner most often is named.
+        # A wrong version explains the failure if it returns what the learner's function returns in the failing case,
+        # and is never wrong where the learner is right. Of several, the one that agrees in most cases is named.
         best, most = None, 0
         asked = [(case, self._ask(self.reference, case), self._ask(fn, case)) for case in cases]
         for sentence, version in self.diagnoses.items():
@@ -174,7 +174,7 @@ class Judge:
 
 
 def keywords(fn: Callable, settings: dict, known: Mapping[str, inspect.Parameter]) -> dict:
-    """The settings that a function takes, and what else it insists on: for that there are the known defaults."""
+    """Return the settings that a function takes, and the defaults of any other known arguments that it requires."""
     try:
         taken = inspect.signature(fn).parameters
     except (TypeError, ValueError):
@@ -186,12 +186,16 @@ def keywords(fn: Callable, settings: dict, known: Mapping[str, inspect.Parameter
 
 
 def _difference(right: Answer, got: Answer, case: Case) -> str:
-    # the first thing that is wrong, "" if nothing is
+    # return the first thing that is wrong, or ""
     value, expected = got.value, right.value
     if got.problem.startswith(RAISES) and case.stumbles:
         return f"{case.stumbles}."
     if got.problem:
-        return got.problem if got.problem != UNWRITTEN else f"nothing comes back here. What must hold: {case.says}."
+        return (
+            got.problem
+            if got.problem != UNWRITTEN
+            else f"your function returns nothing here. What must hold: {case.says}."
+        )
     if value.shape != expected.shape:
         return f"your answer has the shape {list(value.shape)}, expected {list(expected.shape)}."
     types = AS_GOOD if expected.is_floating_point() else (torch.bool,)
@@ -203,12 +207,14 @@ def _difference(right: Answer, got: Answer, case: Case) -> str:
     if _same(right, got, case):
         return ""
     if not got.gradient.any():
-        return "the value is right, but no gradient reaches the first argument: it was detached, or made a number."
+        return (
+            "the value is right, but no gradient reaches the first argument: it was detached or turned into a number."
+        )
     return f"the value is right, but its gradient is not. What must hold: {case.says}."
 
 
 def _compared(right: Answer, got: Answer, case: Case, likely: str | None) -> dict[str, str]:
-    if got.value is None:  # the problem is the message, unless its cause is known
+    if got.value is None:  # the problem is the message already, unless its cause was found
         return {"expected": show(right.value)} | ({"got": got.problem.removeprefix("your function ")} if likely else {})
     slope = right.gradient is not None and _close(right.value, got.value, case)
     pair, of = ((right.gradient, got.gradient), " gradient") if slope else ((right.value, got.value), "")
@@ -229,11 +235,11 @@ def _same(a: Answer, b: Answer, case: Case) -> bool:
 
 
 class UnreadableError(Exception):
-    """An answer of which no tensor can be made; the text says what is expected."""
+    """The result cannot be converted to a tensor; the text says what is expected."""
 
 
 def read(value) -> Tensor:
-    """The answer as a tensor: lists of numbers or of tensors are as good; a number that Python made is a float."""
+    """Convert a result to a tensor: lists of numbers or of tensors are allowed; Python numbers become float64."""
     value = getattr(value, "loss", value)
     if isinstance(value, Tensor):
         return value.to_dense()
@@ -253,7 +259,7 @@ def _fresh(value):
 
 
 def show(value, digits: int = 4) -> str:
-    """Tensors and nested lists as one line of text."""
+    """Return tensors and nested lists as one line of text."""
     value = value.tolist() if isinstance(value, Tensor) else value
     if isinstance(value, list | tuple):
         return "[" + ", ".join(show(v, digits) for v in value) + "]"

@@ -10,7 +10,7 @@ from grpo_lab.course.checks.judge import Case, Judge
 
 
 def _scored(formula: Callable) -> Callable:
-    # of the logits and the tokens; the settings are right
+    # formula(logits, tokens), with the settings applied correctly
     def logprobs_of(z, x, temperature=1.0, kept=None):
         cut = torch.zeros(()) if kept is None else (kept[..., None] != torch.arange(z.shape[-1])).all(-2)
         return formula((z / temperature).masked_fill(cut.bool(), -torch.inf), x)
@@ -32,8 +32,8 @@ token_logprobs = Judge(
         Case("the probabilities are the softmax of the logits", [[[1.0, 3.0, 2.0]]], [[0]]),
         Case("position t predicts tokens[:, t]", [[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]], [[0, 1, 0]]),
         Case("rows do not mix", [[[0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [4.0, 0.0]]], [[1, 1], [0, 0]]),
-        Case("a hopeless token has a very negative, finite log-probability", [[[0.0, 200.0]]], [[0]]),
-        Case("large logits are as good as small ones", [[[1000.0, 1001.0]]], [[0]]),
+        Case("a very unlikely token has a finite log-probability", [[[0.0, 200.0]]], [[0]]),
+        Case("large logits must not overflow", [[[1000.0, 1001.0]]], [[0]]),
         Case("the logits are divided by the temperature", [[[1.0, 3.0, 2.0]]], [[0]], temperature=0.5),
         Case("the kept tokens share all the probability", [[[1.0, 3.0, 2.0]]], [[0]], kept=[[[0, 2, -1]]]),
     ),

@@ -31,7 +31,7 @@ def clip_to(formula: Callable, masked: Callable = lambda gain, mask: gain.where(
 
 
 def least(u, v, *_) -> Tensor:
-    """Return the smaller of the unclipped and the clipped gain: the right formula for `clip_to`."""
+    """Return the smaller of the unclipped and the clipped gain, which is the right formula for `clip_to`."""
     return torch.minimum(u, v)
 
 
@@ -52,19 +52,19 @@ clipped_surrogate = Judge(
         Case("with a ratio of 2 and A = -1 nothing is clipped", HALF, QUARTER, [-1.0], YES),
         Case("with a ratio of 1/2 and A = -1 the gain stops at -0.8", QUARTER, HALF, [-1.0], YES),
         Case("clip_range is the distance from 1", HALF, QUARTER, [1.0], YES, clip_range=0.5),
-        Case("each row has its advantage", log_of(*[[0.4, 0.5]] * 2), log_of(*[[0.4] * 2] * 2), [1.0, -3.0], BOTH),
+        Case("each row has its own advantage", log_of(*[[0.4, 0.5]] * 2), log_of(*[[0.4] * 2] * 2), [1.0, -3.0], BOTH),
         Case("padding gives 0", log_of([0.5, 0.5]), log_of([0.5, 0.5]), [1.0], FIRST),
-        Case("what stands at padding must not matter, be it -inf", PADDED, PADDED, [1.0], FIRST),
+        Case("values at padding must not matter, even -inf", PADDED, PADDED, [1.0], FIRST),
     ),
     diagnoses={
         "your clip is inverted where the advantage is negative": clip_to(lambda u, v, c, A, e: c.clamp(max=1 + e) * A),
         "you take the larger of the two, not the smaller": clip_to(lambda u, v, *_: torch.maximum(u, v)),
         "you do not clip": clip_to(lambda u, *_: u),
-        "you clip even where the policy must come back": clip_to(lambda u, v, *_: v),
+        "you clip even where the policy has moved the wrong way": clip_to(lambda u, v, *_: v),
         "your clip has no lower end": clip_to(lambda u, v, c, A, e: least(u, c.clamp(max=1 + e) * A)),
         "your clip has no upper end": clip_to(lambda u, v, c, A, e: least(u, c.clamp(min=1 - e) * A)),
-        "your ratio is upside down: it is new over old": lambda p, old, *a, **s: _gain(-p, -old, *a, **s),
-        "your ratio lacks its exp": clip_to(lambda u, v, c, A, e: least(c.log() * A, c.log().clamp(1 - e, 1 + e) * A)),
+        "your ratio is inverted: it must be new over old": lambda p, old, *a, **s: _gain(-p, -old, *a, **s),
+        "your ratio lacks the exp": clip_to(lambda u, v, c, A, e: least(c.log() * A, c.log().clamp(1 - e, 1 + e) * A)),
         "you divide logarithms: subtract, then exp": clip_to(least, ratio=lambda lp, old, m: (lp / old).where(m, 1.0)),
         "you take one ratio for the whole row: that is GSPO": clip_to(least, ratio=lambda *a: _mean_of_row(*a).exp()),
         "you clip the logarithm of the ratio": clip_to(lambda u, v, c, A, e: least(u, c.log().clamp(-e, e).exp() * A)),
@@ -92,13 +92,13 @@ aggregate = Judge(
     gradient=True,
     hint="Two means, one inside the other. By how many tokens does the inner one divide, in each row?",
     cases=(
-        Case("of one full row: its mean", [[1.0, 2.0, 6.0]], [[True, True, True]]),
-        Case("of two full rows: the mean of their means", [[1.0, 2.0], [5.0, 7.0]], BOTH),
+        Case("one full row gives its mean", [[1.0, 2.0, 6.0]], [[True, True, True]]),
+        Case("two full rows give the mean of their means", [[1.0, 2.0], [5.0, 7.0]], BOTH),
         Case("padding does not count, and does not make a row longer", [[2.0, 4.0, 9.0]], [[True, True, False]]),
         Case("each row counts the same, short or long", [[8.0, 0.0], [1.0, 3.0]], SHORT_LONG),
         Case("an empty row counts as 0", [[2.0, 4.0], [7.0, 0.0]], [[True, True], [False, False]]),
-        Case("where nothing counts, the result is 0", [[5.0]], [[False]]),
-        Case("what stands at padding must not matter, be it NaN", [[3.0, math.nan]], FIRST),
+        Case("if no token counts, the result is 0", [[5.0]], [[False]]),
+        Case("values at padding must not matter, even NaN", [[3.0, math.nan]], FIRST),
     ),
     diagnoses={
         "each token counts the same, so a long completion counts more": lambda v, m: _mean(v, m, "token-mean"),
@@ -140,15 +140,15 @@ grpo_loss = Judge(
     hint="You have the pieces: token by token the gain minus kl_coef times KL, then one mean, then the sign.",
     cases=(
         *(Case(c.says, *c.inputs, **c.settings | _OFF) for c in clipped_surrogate.cases[:6]),
-        Case("without kl_coef the gain is all", HALF, HALF, [3.0], YES, kl_coef=0.0, stumbles=_UNTOUCHED),
+        Case("without kl_coef the loss is minus the gain", HALF, HALF, [3.0], YES, kl_coef=0.0, stumbles=_UNTOUCHED),
         Case("KL makes the loss larger", HALF, HALF, [0.0], YES, ref_logprobs=QUARTER, kl_coef=0.5),
-        Case("rows count the same", _NEW, _NEW, [1.0, -3.0], SHORT_LONG, ref_logprobs=_FAR, kl_coef=0.0),
+        Case("each row counts the same", _NEW, _NEW, [1.0, -3.0], SHORT_LONG, ref_logprobs=_FAR, kl_coef=0.0),
         Case("the pieces work together", _NEW, _OLD, [1.0, -3.0], SHORT_LONG, ref_logprobs=_FAR, kl_coef=0.5),
         Case("an empty row counts as 0", _TWO_ROWS, _TWO_ROWS, [3.0, 1.0], _EMPTY, ref_logprobs=_TWO_ROWS, kl_coef=0.5),
-        Case("padding must not matter, be it -inf", PADDED, PADDED, [1.0], FIRST, ref_logprobs=PADDED, kl_coef=0.5),
+        Case("padding must not matter, even -inf", PADDED, PADDED, [1.0], FIRST, ref_logprobs=PADDED, kl_coef=0.5),
     ),
     diagnoses={
-        "your sign is flipped: the optimizer walks down, the gain must go up": loss_from(sign=1.0),
+        "your sign is flipped: the optimizer lowers the loss, and the gain must rise": loss_from(sign=1.0),
         "the sign of your KL term is flipped: KL makes the loss larger": loss_from(beta=lambda kl_coef: -kl_coef),
         "your KL carries no gradient": loss_from(kl_of=lambda lp, ref, mask: _kl(lp.detach(), ref, mask)),
         "your loss has no KL term": loss_from(beta=lambda kl_coef: 0.0),
@@ -159,8 +159,8 @@ grpo_loss = Judge(
         "your ratio is always 1: it must compare with old_logprobs": lambda lp, old, *a, **s: loss_from()(
             lp, lp.detach(), *a, **s
         ),
-        "your KL is that to the old policy": lambda p, q, *a, ref_logprobs=None, **s: loss_from()(
-            p, q, *a, ref_logprobs=q, **s
+        "your KL compares with the old policy, not with the reference": lambda p, q, *a, ref_logprobs=None, **s: (
+            loss_from()(p, q, *a, ref_logprobs=q, **s)
         ),
         **{sentence: loss_from(gain=wrong) for sentence, wrong in clipped_surrogate.diagnoses.items()},
         **{sentence: loss_from(kl_of=wrong) for sentence, wrong in kl_estimate.diagnoses.items()},

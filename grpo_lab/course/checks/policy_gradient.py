@@ -16,25 +16,25 @@ def _others(rewards: Tensor) -> Tensor:
 baseline = Judge(
     contract="baseline(rewards[P, K]) -> [P, K]: for each completion the mean reward of the K - 1 others of its prompt",
     reference=_others,
-    hint="The others' sum is the sum of the row less oneself. Over which axis does the sum run, and does it keep it?",
+    hint="Sum the row and subtract the completion's own reward. Over which axis do you sum, and do you keep that axis?",
     cases=(
-        Case("of two, each is measured by the other", [[1.0, 0.0], [0.0, 4.0]]),
-        Case("the reward that is judged does not count", [[1.0, 0.0, 0.0, 1.0]]),
+        Case("with two completions, each one's baseline is the other's reward", [[1.0, 0.0], [0.0, 4.0]]),
+        Case("a completion's own reward does not count", [[1.0, 0.0, 0.0, 1.0]]),
         Case("each row is a group of its own", [[1.0, 0.0, 0.0, 1.0], [5.0, 9.0, 5.0, 5.0]]),
-        Case("where all rewards are equal, that is the baseline", [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]),
+        Case("if all rewards are equal, the baseline is that reward", [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]),
     ),
     diagnoses={
         "you return the advantages: here only the baseline is asked for": lambda r: r - _others(r),
-        "your mean holds the very reward that is judged": lambda r: r.mean(1, keepdim=True).expand_as(r),
+        "your mean includes the completion's own reward": lambda r: r.mean(1, keepdim=True).expand_as(r),
         "your mean is that of all rewards, not of each group": lambda r: r.mean().expand_as(r),
         "you leave one out of all rewards, not of each group": lambda r: (r.sum() - r) / (r.numel() - 1),
         "you average over the prompts, not in each group": lambda r: r.mean(0).expand_as(r),
         "you leave one out of the prompts, not of the group": lambda r: (r.sum(0) - r) / (len(r) - 1),
-        "your sum has lost its column: keepdim=True": lambda r: (r.sum(1) - r) / (r.shape[1] - 1),
-        "your mean has lost its column: keepdim=True": lambda r: r.mean(1).expand_as(r),
+        "your sum has lost a dimension: use keepdim=True": lambda r: (r.sum(1) - r) / (r.shape[1] - 1),
+        "your mean has lost a dimension: use keepdim=True": lambda r: r.mean(1).expand_as(r),
         "you add up the others, but their mean is asked for": lambda r: r.sum(1, keepdim=True) - r,
         "you divide by K, but the others are K - 1": lambda r: (r.sum(1, keepdim=True) - r) / r.shape[1],
-        "you leave the division by K - 1 to the sum only": lambda r: r.sum(1, keepdim=True) / (r.shape[1] - 1) - r,
+        "you divide only the sum by K - 1: subtract first": lambda r: r.sum(1, keepdim=True) / (r.shape[1] - 1) - r,
         "you return the rewards as they came": lambda r: r.clone(),
     },
 )
@@ -53,23 +53,27 @@ reinforce_loss = Judge(
     hint="Its gradient by a log-probability is -A / (P K): a positive advantage must make the loss fall.",
     cases=(
         Case("the loss is minus the mean of A log pi", _DRAWN[:1], [[1.0, 0.0]]),
-        Case("equal rewards push nothing", _DRAWN[:1], [[1.0, 1.0]]),
-        Case("an offset of all rewards changes nothing", _DRAWN[:1], [[11.0, 10.0]]),
+        Case("equal rewards give no loss and no gradient", _DRAWN[:1], [[1.0, 1.0]]),
+        Case("adding the same number to all rewards changes nothing", _DRAWN[:1], [[11.0, 10.0]]),
         Case("each row is a group of its own", _DRAWN, [[1.0, 0.0], [0.0, 3.0]]),
         Case("the others are K - 1", log_of([0.5, 0.3, 0.1, 0.1]), [[1.0, 0.0, 0.0, 1.0]]),
     ),
     diagnoses={
-        "your sign is flipped: the optimizer walks down, good words must go up": _reinforce(sign=1.0),
+        "your sign is flipped: the optimizer lowers the loss, and good words must become likelier": _reinforce(
+            sign=1.0
+        ),
         "you leave the baseline out": _reinforce(rank=lambda r: r),
-        "you weigh by the baseline, not by the reward less the baseline": _reinforce(rank=_others),
+        "you multiply by the baseline, not by the reward minus the baseline": _reinforce(rank=_others),
         "you use probabilities, not their logarithms": _reinforce(of=torch.exp),
         "you add up, but the mean is asked for": _reinforce(mean=torch.sum),
-        "your baseline is the group's mean, with oneself in it": _reinforce(rank=lambda r: r - r.mean(1, keepdim=True)),
+        "your baseline is the group's mean, which includes the completion itself": _reinforce(
+            rank=lambda r: r - r.mean(1, keepdim=True)
+        ),
         "your baseline is the mean of all rewards": _reinforce(rank=lambda r: r - r.mean()),
-        "you take the baseline from the product: it must be taken from the reward": lambda lp, r: (
+        "you subtract the baseline from the product: subtract it from the reward": lambda lp, r: (
             -(r * lp - _others(r)).mean()
         ),
-        "your baseline is made of log-probabilities, and its gradient counts too": lambda lp, r: (
+        "your baseline is made of log-probabilities, so it adds a gradient of its own": lambda lp, r: (
             -(r * lp - _others(r * lp)).mean()
         ),
     },

@@ -24,7 +24,7 @@ def _unpacked(got) -> bool:
 reward = Judge(
     contract='reward(prompts, completions) -> list of 1.0 or 0.0; for the prompt "3,5,7:22=" "3*5+7" is right',
     reference=rewards.countdown,
-    hint="Two questions, both must be yes: which numbers were used, and what do they come to? Anything odd earns 0.",
+    hint="Check two things: which numbers were used, and what is the value? Anything unexpected earns 0.",
     cases=(
         Case("an expression that uses each number once and hits the target earns 1", ("3,5,7:22=",), ("3*5+7",)),
         Case("another value than the target earns 0", ("3,5,7:22=",), ("3*5-7",)),
@@ -38,9 +38,9 @@ reward = Judge(
         Case("no other number may be used", ("3,5,7:22=",) * 2, ("9+9+4", "3*5+7+1-1")),
         Case("35 is one number, not a 3 and a 5", ("3,5,7:42=",), ("35+7",)),
         Case("7/2 is 3.5, not 3", ("1,2,7:3=",), ("1*7/2",)),
-        Case("a fraction on the way is fine", ("3,6,8:4=",), ("8/6*3",)),
-        Case("what is no expression earns 0", ("3,5,7:22=",) * 3, ("", "3*5+", "I think 3*5+7")),
-        Case("what follows the expression counts too", ("3,5,7:22=",), ("3*5+7=22",)),
+        Case("a fraction as an intermediate result is allowed", ("3,6,8:4=",), ("8/6*3",)),
+        Case("a text that is not an expression earns 0", ("3,5,7:22=",) * 3, ("", "3*5+", "I think 3*5+7")),
+        Case("other text after the expression earns 0", ("3,5,7:22=",), ("3*5+7=22",)),
         Case("a division by zero earns 0", ("3,3,7:0=",), ("7/(3-3)",)),
         Case("only + - * / count: a power such as 9**9**9**9 would never end", ("1,2,3:7=",), ("2**3-1",)),
         Case("a completion is a text to be read, never a program to be run", ("3,5,7:22=",), ("(lambda: 3*5+7)()",)),
@@ -53,14 +53,18 @@ reward = Judge(
         "you do not look at the value": _countdown(value=lambda got, target: True),
         "right and wrong are swapped": lambda *a: [1 - r for r in _countdown()(*a)],
         "nothing ever earns a reward": lambda prompts, completions: [0.0] * len(completions),
-        "you compare sets, which forget how often": _countdown(numbers=lambda used, given: set(used) == set(given)),
+        "you compare sets, which ignore how often a number is used": _countdown(
+            numbers=lambda used, given: set(used) == set(given)
+        ),
         "you let numbers be left out": _countdown(numbers=lambda used, given: set(used) <= set(given)),
         "you let numbers be used that were not given": _countdown(numbers=lambda used, given: set(used) >= set(given)),
         "you compare with the prompt's numbers unsorted; evaluate_expression sorts those used": _countdown(order=list),
         "you take the value 0 for no value": _countdown(value=lambda got, target: got and got == target),
         "you forget the sign": _countdown(value=lambda got, target: abs(got) == target),
-        "evaluate_expression returns None for what is no expression": _countdown(none=lambda got: got[0] is None),
-        "evaluate_expression returns None, and no pair, for what is no expression": _countdown(none=_unpacked),
+        "evaluate_expression returns None if the text is not an expression": _countdown(
+            none=lambda got: got[0] is None
+        ),
+        "evaluate_expression returns None, not a pair, if the text is not an expression": _countdown(none=_unpacked),
         "you cut off fractions": _countdown(value=lambda got, target: int(got) == target),
         "you judge all completions by the first prompt": lambda p, c: _countdown()(p[:1] * len(c), c),
     },

@@ -30,12 +30,12 @@ completion_mask = Judge(
         Case("padding may look like the end token: only the first one counts", [[5, 1, 1]], (1,)),
         Case("nothing counts after the first end token", [[5, 1, 6, 1, 7]], (1,)),
         Case("any of the end ids ends a completion", [[5, 2, 6], [5, 1, 2]], (1, 2)),
-        Case("each row ends for itself", [[5, 6, 1, 0], [1, 5, 6, 7], [5, 6, 7, 8]], (1,)),
+        Case("each row has its own end", [[5, 6, 1, 0], [1, 5, 6, 7], [5, 6, 7, 8]], (1,)),
     ),
     diagnoses={
         "you drop the end token, but it was sampled and must be learned": lambda x, e: _ends(x, e).cumsum(1) == 0,
         "you hide the end tokens, but not what follows": lambda x, e: ~_ends(x, e),
-        "your mask is upside down: True means that a token counts": lambda x, e: ~_until_end(x, e),
+        "your mask is inverted: True means that a token counts": lambda x, e: ~_until_end(x, e),
         "you let everything count": lambda x, e: x == x,
         "you let padding count that looks like the end token": lambda x, e: _until_end(x, e) | _ends(x, e),
         "you cut at the last end token, not at the first": lambda x, e: (
@@ -52,7 +52,7 @@ completion_mask = Judge(
 
 
 def _kept(fn: Callable) -> Callable:
-    # ids padded with -1, a mask of the vocabulary, logits with -inf, None for "nothing is cut": all become a mask
+    # convert ids padded with -1, a mask, logits with -inf, or None ("nothing is cut") to a mask over the vocabulary
     def mask(logits, **settings):
         answer = fn(logits, **settings)
         if answer is None and _top(logits, **settings) is None:
@@ -76,7 +76,7 @@ def _kept(fn: Callable) -> Callable:
 
 
 def _cut(keep=lambda p, total, top_p: total - p < top_p, sort=True, back=True, after_top_k=True, hot=True) -> Callable:
-    # keep: of the probabilities from the likeliest down, their running sum and top_p
+    # keep(p, total, top_p): p sorted from the largest, total its cumulative sum
     def cut(logits, temperature=1.0, top_k=0, top_p=1.0):
         z = logits / temperature if hot else logits
         order = z.argsort(-1, descending=True)
@@ -96,18 +96,18 @@ truncate = Judge(
     " (or a mask [..., V], or the logits with -inf where cut)",
     reference=_top,
     adapt=_kept,
-    hint="Sort, add up from the top, ask of each token how much stands before it, and put the answer back in place.",
+    hint="Sort, sum from the largest, find the probability before each token, and restore the order.",
     cases=(
         Case("top_k = 1 keeps the likeliest token", [[0.0, 2.0, 1.0]], top_k=1),
         Case("top_k = 2 keeps the two likeliest, wherever they stand", _FOUR, top_k=2),
         Case("top_k = 0 keeps all", [[0.0, 2.0, 1.0]], top_k=0),
         Case("top_k larger than the vocabulary keeps all", [[0.0, 2.0, 1.0]], top_k=4),
-        Case("1/2 alone reaches top_p = 0.4", _FOUR, top_p=0.4),
-        Case("1/2 alone does not reach top_p = 0.7: the token that reaches it is kept too", _FOUR, top_p=0.7),
+        Case("the likeliest token, with 1/2, reaches top_p = 0.4 alone", _FOUR, top_p=0.4),
+        Case("1/2 does not reach top_p = 0.7: the token that reaches it is kept too", _FOUR, top_p=0.7),
         Case("the likeliest token is kept however small top_p is", _FOUR, top_p=0.01),
         Case("top_p = 1 keeps all", _FOUR, top_p=1.0),
-        Case("each row is cut for itself", log_of([0.05, 0.15, 0.8], [0.3, 0.31, 0.39]), top_p=0.75),
-        Case("what top_k has left sums to 1 again: 0.5 of 0.8 reaches top_p = 0.6", _FOUR, top_k=2, top_p=0.6),
+        Case("each row is cut on its own", log_of([0.05, 0.15, 0.8], [0.3, 0.31, 0.39]), top_p=0.75),
+        Case("after top_k the probabilities sum to 1 again: 0.5 of 0.8 reaches top_p = 0.6", _FOUR, top_k=2, top_p=0.6),
         Case("the temperature comes first: it makes the likeliest less likely", _FOUR, top_p=0.75, temperature=2.0),
     ),
     diagnoses={

@@ -14,7 +14,7 @@ from grpo_lab.course.checks.losses import clip_to, grpo_loss, least, loss_from
 
 
 class _Policy(nn.Module):
-    """The smallest policy: a weight for each token of the vocabulary, whatever came before."""
+    """The smallest policy: one logit per token, whatever the context."""
 
     def __init__(self, weights: Tensor):
         super().__init__()
@@ -26,7 +26,7 @@ class _Policy(nn.Module):
 
 
 class _Asked:
-    """The policy as notebook 07 hands it over: a function from tokens to logits, and nothing else."""
+    """The policy as notebook 07 passes it: a function from tokens to logits, and nothing else."""
 
     def __init__(self, policy: _Policy):
         self.policy = policy
@@ -35,7 +35,7 @@ class _Asked:
         return self.policy(tokens)
 
     def __getattr__(self, name: str):
-        raise AttributeError("model is only a function here; empty the gradients through optimizer")
+        raise AttributeError("model is only a function here; clear the gradients with optimizer.zero_grad()")
 
 
 def _weights_after(fn: Callable) -> Callable:
@@ -73,7 +73,7 @@ training_step = Judge(
     " predicts tokens[:, t]; return what you like",
     reference=_step(),
     adapt=_weights_after,
-    hint="Log-probabilities, advantages, loss; then the lines of every PyTorch step. What must be empty before them?",
+    hint="Log-probabilities, advantages, loss; then the calls of every PyTorch step. What must be cleared first?",
     cases=(
         Case("the better token becomes likelier", *_TWO, log_of([0.5], [0.5])),
         Case("gradients of an earlier step do not count", [0.0, 0.0], [1.0, 0.0], *_TWO[2:], log_of([0.5], [0.5])),
@@ -84,7 +84,7 @@ training_step = Judge(
         Case("the ratio compares with the policy that sampled", [0.5, 0.0], *_TWO[1:], log_of([0.6], [0.4])),
         Case("what has moved far enough is clipped, and nothing else", [1.0, 0.0], _TWO[1],
              [[0], [0], [1], [1]], [[True]] * 4, [[10.0, 0.0, 0.0, 10.0]], log_of([0.604], [0.4], [0.34], [0.6])),
-        Case("the KL pulls towards the reference, even where all rewards are equal", *_TWO[:4], [[1.0, 1.0]],
+        Case("the KL moves the policy towards the reference, even where all rewards are equal", *_TWO[:4], [[1.0, 1.0]],
              log_of([0.5], [0.5]), ref_logprobs=log_of([0.9], [0.1]), kl_coef=0.5),
     ),
     diagnoses={
@@ -96,7 +96,7 @@ training_step = Judge(
         "the gradients of an earlier step are still there": _step("backward step"),
         "you make two steps": _step("zero_grad backward step step"),
         "you update twice": _step(times=2),
-        "your step drops the KL: hand ref_logprobs and kl_coef on to grpo_loss": _step(penalty=False),
+        "your step drops the KL: pass ref_logprobs and kl_coef to grpo_loss": _step(penalty=False),
         "you score with probabilities, not with their logarithms": _step(score=lambda *a: _lp(*a).exp()),
         "you use the rewards as they are, not compared within the group": _step(rank=lambda r: r.flatten()),
         "you compare with all completions, not within the group": _step(rank=lambda r: _flat(r.view(1, -1))),

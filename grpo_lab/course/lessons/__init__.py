@@ -1,1 +1,1 @@
-"""What only the notebooks need: small worlds that can be enumerated, and the pictures under their sliders."""
+"""What only the notebooks need: small problems that can be enumerated, and the figures for their sliders."""

@@ -1,4 +1,4 @@
-"""Notebook 04's figures; each draws into a figure and says in words what it shows."""
+"""The figures of notebook 04; each function draws into a figure and describes it in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,11 @@ PUSHES = {
 }
 COIN = {"color": "black", "linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 3.5,
         "label": "if all were equally hard"}  # fmt: skip
-SHOWN = 100  # groups that are drawn one by one, so that a column is a per cent
+SHOWN = 100  # groups that are drawn one by one, so that a column is one per cent
 
 
 def ground_of_groups(figure: Figure) -> None:
-    """What K and p do not change in `draw_groups`."""
+    """Draw what does not depend on K and p in `draw_groups`."""
     columns = figure.add_axes((0.075, 0.585, 0.9, 0.29))
     advantages, dead, noise = (figure.add_axes((left, 0.105, 0.235, 0.31)) for left in (0.075, 0.41, 0.74))
     columns.set(xlim=(0, SHOWN), ylim=(0, 1), xticks=[0, 100], yticks=[0, 0.5, 1], ylabel="share right")
@@ -65,7 +65,7 @@ def _ground_of_histogram(panel) -> None:
 
 
 def draw_groups(figure: Figure, K: int, p: float) -> str:
-    """A hundred groups, one column each; their advantages; how many are dead; how noisy the baseline is."""
+    """Draw 100 groups, their advantages, the share of dead groups, and the noise of the baseline."""
     columns, advantages, dead_groups, noise = figure.axes
     rewards = coin_rewards(K, p)
     dead, means = all_equal(rewards).float().mean().item(), rewards.mean(1)
@@ -120,7 +120,7 @@ def _draw_histogram(panel, rewards: Tensor) -> None:
 
 
 def ground_of_difficulty(figure: Figure) -> None:
-    """What K does not change in `draw_difficulty`."""
+    """Draw what does not depend on K in `draw_difficulty`."""
     push, weight = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.97, bottom=0.17, top=0.88, wspace=0.25)
     p = np.linspace(0.02, 0.98, 97)
@@ -135,7 +135,7 @@ def ground_of_difficulty(figure: Figure) -> None:
 
 
 def draw_difficulty(figure: Figure, K: int) -> str:
-    """How hard prompts of each difficulty push under GRPO, Dr. GRPO and RLOO, and what the std alone does."""
+    """Draw the expected push of prompts of each difficulty under GRPO, Dr. GRPO and RLOO, and the effect of the std."""
     push, weight = figure.axes
     p = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
     pushes = {
@@ -158,7 +158,7 @@ def draw_difficulty(figure: Figure, K: int) -> str:
 
 
 def draw_std_eps(figure: Figure) -> str:
-    """What the plain formula makes of a clear signal, a faint one, and none, as std_eps grows."""
+    """Draw the advantages of a clear signal, a faint one, and none, by the plain formula, against std_eps."""
     cases = {
         "rewards 1, 0, 0, 1": (torch.tensor([[1.0, 0.0, 0.0, 1.0]]), RIGHT, "-"),
         "the same times 0.001": (torch.tensor([[0.001, 0.0, 0.0, 0.001]]), "#009E73", "--"),
@@ -182,7 +182,7 @@ def draw_std_eps(figure: Figure) -> str:
 
 
 def ground_of_rollouts(figure: Figure, rewards: Tensor) -> None:
-    """What the step does not change in `draw_rollouts`: axes, and the course of the run [steps, P, K]."""
+    """Draw what does not depend on the step in `draw_rollouts`: the axes, and the curves of the run [steps, P, K]."""
     K, steps = rewards.shape[2], range(1, len(rewards) + 1)
     counts, advantages, course = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.075, right=0.98, bottom=0.18, top=0.88, wspace=0.38)
@@ -199,7 +199,7 @@ def ground_of_rollouts(figure: Figure, rewards: Tensor) -> None:
 
 
 def draw_rollouts(figure: Figure, rewards: Tensor, step: int) -> str:
-    """The groups of a real run [steps, P, K] around a step: right answers per group, advantages, the course."""
+    """Draw the groups of a run [steps, P, K] around a step: right answers per group, and advantages."""
     K, first, last = rewards.shape[2], max(1, step - 2), min(len(rewards), step + 2)
     window = rewards[first - 1 : last].flatten(0, 1)
     share, dead, p = shares_by_right_answers(window), all_equal(window).float().mean().item(), window.mean().item()
@@ -219,7 +219,7 @@ def draw_rollouts(figure: Figure, rewards: Tensor, step: int) -> str:
 
 
 def draw_recorded(figure: Figure, runs: Mapping[int, Sequence[RecordedRun]]) -> str:
-    """Dead groups and reward of recorded runs for each K, 128 completions per step in all of them."""
+    """Draw dead groups and reward of recorded runs for each K; all have 128 completions per step."""
     dead, reward = (recorded_by_k(runs, name) for name in ("frac_reward_zero_std", "reward"))
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.87, bottom=0.17, top=0.88, wspace=0.25)

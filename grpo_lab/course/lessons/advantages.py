@@ -16,12 +16,12 @@ _UNIFORMS = torch.rand(2000, 64, generator=torch.Generator().manual_seed(0))
 
 
 def coin_rewards(K: int, p: float) -> Tensor:
-    """2000 groups of K completions that are right with probability p, independently. Returns: [2000, K] of 0 and 1."""
+    """Return rewards [2000, K] of 0 and 1: each completion is right with probability p, independently."""
     return (_UNIFORMS[:, :K] < p).float()
 
 
 def dead_share(p: float | Tensor, K: int) -> float | Tensor:
-    """The chance that all K answers are right, or all are wrong: p^K + (1 - p)^K.
+    """Return the probability that all K answers are right, or all are wrong: p^K + (1 - p)^K.
 
     >>> dead_share(0.5, 2)
     0.5
@@ -30,7 +30,7 @@ def dead_share(p: float | Tensor, K: int) -> float | Tensor:
 
 
 def expected_push(p: Tensor, K: int, *, baseline: str = "mean", scale: str = "group") -> Tensor:
-    """How hard does a prompt of difficulty p push the policy, in expectation?
+    """Return the expected push on the policy of a prompt whose answers are right with probability p.
 
     For a policy with one weight, p = sigmoid(weight), whose score is r - p: the mean over the group of
     A_k * (r_k - p), its expectation enumerated over the number of right answers. The true gradient is p (1 - p).
@@ -49,23 +49,23 @@ def expected_push(p: Tensor, K: int, *, baseline: str = "mean", scale: str = "gr
 
 
 def plain_advantages(rewards: Tensor, std_eps: float) -> Tensor:
-    """The formula and nothing else. [P, K] -> [P, K]."""
+    """Return the advantages by the plain formula, without the rule for dead groups. [P, K] -> [P, K]."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + std_eps)
 
 
 def group_rewards(record: StepRecord) -> Tensor:
-    """The rewards of a step's completions, [P, K]; those of one prompt stand next to each other."""
+    """Return the rewards of a step's completions as [P, K]; the completions of a prompt are consecutive."""
     rewards = torch.tensor([row["reward"] for row in record.completions])
     return rewards.view(len({row["prompt"] for row in record.completions}), -1)
 
 
 def shares_by_right_answers(rewards: Tensor) -> list[float]:
-    """The share of groups [P, K] with 0, 1, ..., K right answers."""
+    """Return the share of the groups [P, K] that have 0, 1, ..., K right answers."""
     return (torch.bincount(rewards.sum(1).long(), minlength=rewards.shape[1] + 1) / len(rewards)).tolist()
 
 
 def recorded_by_k(runs: Mapping[int, Sequence[RecordedRun]], name: str, reach: int = 3) -> dict[int, list[float]]:
-    """A metric of recorded runs against the step: for each K the mean over its seeds, smoothed."""
+    """Return a metric of recorded runs at each step: for each K the smoothed mean over its seeds."""
     curves = {}
     for K, seeds in runs.items():
         values = [[row[name] for row in run.metrics] for run in seeds]
@@ -74,5 +74,5 @@ def recorded_by_k(runs: Mapping[int, Sequence[RecordedRun]], name: str, reach: i
 
 
 def final_reward(run: RecordedRun) -> float:
-    """Mean reward of the last ten steps."""
+    """Return the mean reward of the last ten steps."""
     return math.fsum(row["reward"] for row in run.metrics[-10:]) / 10

@@ -1,6 +1,6 @@
 """Notebook 05: one rollout used many times, the clip under sliders, and who counts how much in a mean.
 
-The surrogate, its mean and every gradient here are the package's own, taken by autograd.
+The surrogate and its mean are the package's own; every gradient is computed by autograd.
 """
 
 import tempfile
@@ -23,7 +23,10 @@ from grpo_lab.training.evaluation import wilson_interval
 from grpo_lab.training.figures import COLOURS
 from grpo_lab.training.trainer import GRPOTrainer
 
-CUT, PLAIN = COLOURS["zero_std"], "#767676"  # what teaches nothing has one colour throughout; Okabe and Ito's
+CUT, PLAIN = (
+    COLOURS["zero_std"],
+    "#767676",
+)  # CUT: tokens and groups without gradient
 MEANS = ("sequence-mean", "token-mean", "constant")
 SHORT, CONSTANT = 4, 64
 """Tokens of the short completion, and the constant of Dr. GRPO's mean, in the picture of the length bias."""
@@ -31,22 +34,22 @@ WIDEST = 2.5
 
 
 class Reuse(NamedTuple):
-    """One rollout of the pocket model and what many updates on it did."""
+    """One rollout of the pocket model, and the effect of many updates on it."""
 
     ratios: list[Tensor]
     """[N] importance ratio of each sampled token, after 0, 1, 2 … updates."""
     advantages: Tensor
     """[N] that of its completion."""
     cut: list[float]
-    """Share of tokens without gradient, at the first, second … update."""
+    """Share of tokens without gradient at the first, second … update."""
     believed: list[float]
-    """Mean of ratio times advantage, after 0, 1, 2 … updates: what the old completions promise."""
+    """Mean of ratio times advantage after 0, 1, 2 … updates: the improvement that the old completions predict."""
     right: dict[int, tuple[float, float, float]]
     """After so many updates: share of right answers on held-out problems, and its 95 % interval."""
 
 
 def reuse(clip_range: float, clip_range_high: float, *, updates: int = 16, look_at=(0, 1, 2, 4, 8, 16)) -> Reuse:
-    """Sample 8 completions for each of 8 problems once, and update on them again and again."""
+    """Sample 8 completions for each of 8 problems once, and make many updates on them."""
     model, tokenizer = pocket.load()
     config = GRPOConfig.preset(
         "pocket", kl_coef=0.0, clip_range=clip_range, clip_range_high=clip_range_high, num_iterations=updates,
@@ -93,7 +96,7 @@ def _share_right(trainer: GRPOTrainer, problems: int = 300) -> tuple[float, floa
 
 
 def surrogate_and_gradient(ratios: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """The objective of single tokens, and its derivative by the log-probability. [N], [N] -> [N], [N]"""
+    """Return each token's objective and its derivative by the log-probability. [N], [N] -> [N], [N]"""
     logprobs = ratios.log()[:, None].requires_grad_()
     mask = torch.ones_like(logprobs, dtype=torch.bool)
     gain = clipped_surrogate(
@@ -108,7 +111,7 @@ WITH_CLIP = {"color": "black", "linewidth": 2.4, "label": "clipped"}
 
 
 def ground_of_clip(figure: Figure) -> None:
-    """What no control changes in `draw_clip`."""
+    """Draw what does not depend on any control in `draw_clip`."""
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
     titles = ("objective  min(c A, clip(c) A)", "its gradient by log π, from autograd")
     for panel, title in zip(figure.subplots(1, 2), titles, strict=True):
@@ -123,7 +126,7 @@ def ground_of_clip(figure: Figure) -> None:
 
 
 def draw_clip(figure: Figure, batch: Reuse, sign: str, low: float, high: float, updates: int) -> str:
-    """Objective and gradient over the ratio for A = +1 or -1; the batch's tokens with that sign of A as a rug."""
+    """Draw objective and gradient over the ratio for A = +1 or -1; ticks mark the tokens with that sign of A."""
     A = 1.0 if sign.startswith("+") else -1.0
     grid = torch.linspace(0.005, WIDEST, 500)
     gain, slope = surrogate_and_gradient(grid, torch.full_like(grid, A), low, high)
@@ -150,7 +153,7 @@ def draw_clip(figure: Figure, batch: Reuse, sign: str, low: float, high: float, 
 
 
 def draw_reuse(figure: Figure, runs: dict[str, Reuse]) -> str:
-    """Left: what the old completions promise; right: what held-out problems say. Both against the updates made."""
+    """Draw what the old completions predict (left) and the accuracy on held-out problems (right), over the updates."""
     believed, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
     lines = []
@@ -162,7 +165,7 @@ def draw_reuse(figure: Figure, runs: dict[str, Reuse]) -> str:
         right.errorbar(x, shares, bars, fmt=line, marker=marker, color=COLOURS["reward"], capsize=3, label=name)
         lines.append(f"{name}: promised {run.believed[-1]:.2f}; right " + ", ".join(
             f"{share:.2f} after {done}" for done, (share, _, _) in run.right.items()))  # fmt: skip
-    believed.set(title="what the old completions promise", xlabel="updates on one rollout", ylabel="mean of c A")
+    believed.set(title="predicted by the old completions", xlabel="updates on one rollout", ylabel="mean of c A")
     right.set(title="what new problems say", xlabel="updates on one rollout", ylabel="share right, 95 % interval")
     for panel in (believed, right):
         panel.spines[["top", "right"]].set_visible(False)
@@ -172,7 +175,7 @@ def draw_reuse(figure: Figure, runs: dict[str, Reuse]) -> str:
 
 
 def pull(lengths: tuple[int, int], how: str) -> list[Tensor]:
-    """What two completions with A = 1 get at ratio 1: the gradient of the mean by each token's log-probability."""
+    """Return the gradient of the mean by each token's log-probability, for two completions with A = 1 at ratio 1."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     logprobs = torch.zeros(mask.shape, requires_grad=True)
     gain = clipped_surrogate(logprobs, logprobs.detach(), torch.ones(2), mask)
@@ -185,7 +188,7 @@ LONG_BAR = {"facecolor": "white", "edgecolor": "black", "hatch": "//"}
 
 
 def ground_of_length_bias(figure: Figure) -> None:
-    """What the length does not change in `draw_length_bias`."""
+    """Draw what does not depend on the length in `draw_length_bias`."""
     share, token = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.17, right=0.96, bottom=0.2, top=0.84, wspace=0.15)
     share.set(xlabel="share of the gradient", xlim=(0, 1), yticks=range(3), yticklabels=MEANS)
@@ -198,7 +201,7 @@ def ground_of_length_bias(figure: Figure) -> None:
 
 
 def draw_length_bias(figure: Figure, long: int) -> str:
-    """A short and a long completion under three means: their shares of the gradient, and the pull on one token."""
+    """Draw a short and a long completion under three means: shares of the gradient, and the gradient of a token."""
     (share, token), lines = figure.axes, []
     for y, how in enumerate(MEANS):
         short, other = pull((SHORT, long), how)
@@ -214,10 +217,10 @@ def draw_length_bias(figure: Figure, long: int) -> str:
 
 
 def push_to_stop(how: str, advantage: float, *, stop: float = 0.25, longest: int = 16) -> float:
-    """Every completion gets the same advantage, so no length is better. Where is the chance to stop pushed?
+    """Return the expected derivative of J by the logit of stopping, where every completion has the same advantage.
 
-    At each token the policy stops with probability `stop` or goes on, until `longest`. All completions are added up:
-    the expected derivative of J by the logit of stopping.
+    No length is better then, so it should be 0. At each token the policy stops with probability `stop` or goes on,
+    until `longest`; the expectation is a sum over all completions.
     """
     logit = torch.tensor(stop, dtype=torch.float64).logit().requires_grad_()
     go, end = torch.nn.functional.logsigmoid(-logit), torch.nn.functional.logsigmoid(logit)
@@ -231,7 +234,7 @@ def push_to_stop(how: str, advantage: float, *, stop: float = 0.25, longest: int
 
 
 def draw_why_zero(figure: Figure, run: RecordedRun) -> str:
-    """Loss beside what to watch instead, for a recorded run."""
+    """Draw the loss of a recorded run beside the metrics to watch instead."""
     rows = run.metrics
     names = {"loss": ("loss", "black"), "reward": ("reward", COLOURS["reward"]), "grad_norm": ("grad_norm", PLAIN),
              "frac_reward_zero_std": ("share of groups\nthat teach nothing", COLOURS["zero_std"])}  # fmt: skip

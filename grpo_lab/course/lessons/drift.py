@@ -1,4 +1,4 @@
-"""Notebook 06: what a KL penalty costs: in closed form, in recorded runs, and in short live ones."""
+"""Notebook 06: what a KL penalty costs, in closed form, in recorded runs, and in short live runs."""
 
 import tempfile
 import warnings
@@ -24,12 +24,12 @@ REWARDS = torch.tensor([0.0, 0.0, 0.5, 1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
 
 
 def optimum(beta: float) -> Tensor:
-    """Logits of the policy that maximises E[r] - beta KL(pi || ref): pi = ref exp(r / beta) / Z."""
+    """Return the logits of the policy that maximises E[r] - beta KL(pi || ref): pi = ref exp(r / beta) / Z."""
     return REF + REWARDS / beta
 
 
 def gained(logits: Tensor) -> tuple[float, float]:
-    """Its expected reward, and its KL to the reference in nats."""
+    """Return the policy's expected reward, and its KL to the reference in nats."""
     return (logits.softmax(-1) @ REWARDS).item(), exact_kl(logits, REF).item()
 
 
@@ -37,7 +37,7 @@ BEST = {"facecolor": COLOURS["reward"], "edgecolor": "black", "label": "best pol
 
 
 def ground_of_beta(figure: Figure) -> None:
-    """What beta does not change in `draw_beta`: the reference, and the curve of all betas."""
+    """Draw what does not depend on beta in `draw_beta`: the reference, and the curve of all betas."""
     bars, curve = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.28)
     reference = bars.bar(torch.arange(7) - 0.2, REF.softmax(-1).tolist(), 0.4, color="white", edgecolor="black",
@@ -54,7 +54,7 @@ def ground_of_beta(figure: Figure) -> None:
 
 
 def draw_beta(figure: Figure, beta: float) -> str:
-    """The best policy for this beta, and where it stands on the curve of all betas."""
+    """Draw the best policy for this beta, and mark it on the curve of all betas."""
     bars, curve = figure.axes
     best = optimum(beta)
     reward, kl = gained(best)
@@ -67,20 +67,20 @@ def draw_beta(figure: Figure, beta: float) -> str:
 
 
 def live_run(kl_coef: float, estimator: str = "k3", steps: int = 15) -> list[dict[str, Any]]:
-    """Some steps of GRPO on the pocket model, 8 problems times 4; the metrics of each."""
+    """Make some steps of GRPO on the pocket model with 8 problems times 4 completions; return the metrics of each."""
     model, tokenizer = pocket.load()
     config = GRPOConfig.preset(
         "pocket", kl_coef=kl_coef, kl_estimator=estimator, batch_size=8, num_generations_per_prompt=4, max_steps=steps,
         warmup_steps=0, lr_scheduler="constant", output_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # k1 in the loss: what it says is shown in the notebook
+        warnings.simplefilter("ignore")  # the warning about k1 in the loss is explained in the notebook
         trainer = GRPOTrainer(model, None, countdown, tokenizer, config, countdown_dataset(2048))
     return [record.metrics for record in trainer.steps()]
 
 
 def draw_live(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """KL and reward of short runs."""
+    """Draw KL and reward of short runs."""
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.25)
     lines = []
@@ -110,7 +110,7 @@ class Sweep(NamedTuple):
 
 
 def sweep(runs: Sequence[RecordedRun]) -> Sweep:
-    """Average the seeds."""
+    """Return the mean over the seeds of each beta."""
 
     def mean(name: str) -> list[float]:
         values = [sum(rows) / len(rows) for rows in zip(*([m[name] for m in r.metrics] for r in runs), strict=True)]
@@ -121,7 +121,7 @@ def sweep(runs: Sequence[RecordedRun]) -> Sweep:
 
 
 def ground_of_sweep(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
-    """Reward against the step, and reward against KL, of every beta: all of them faint, named at their right ends."""
+    """Draw reward against the step, and reward against KL, for every beta, in pale colours with labels at the right."""
     curve, plane = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.96, bottom=0.17, top=0.82, wspace=0.25)
     figure.suptitle(next(iter(sweeps.values())).runs[0].label, fontsize=9)
@@ -132,7 +132,7 @@ def ground_of_sweep(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
     below = 2.0
     for name, one in sorted(sweeps.items(), key=lambda item: -item[1].reward[-1]):
         _draw_run(curve, plane, one, color="#999999", linewidth=1.0)
-        below = min(one.reward[-1] + 0.02, below - 0.06)  # names do not stand on each other
+        below = min(one.reward[-1] + 0.02, below - 0.06)  # labels must not overlap
         curve.text(1.01 * steps, below, f"β {name}", fontsize=9, va="center")
         if one.kl is not None:
             aside = {"0.1": (12, -22), "2": (8, -11)}.get(name, (6, 5))
@@ -149,7 +149,7 @@ def _draw_run(curve, plane, one: Sweep, **style) -> None:
 
 
 def draw_sweep(figure: Figure, sweeps: Mapping[str, Sweep], beta: str) -> str:
-    """The chosen beta, strong, over all of them."""
+    """Highlight the chosen beta among all of them."""
     one = sweeps[beta]
     _draw_run(*figure.axes, one, color=COLOURS["reward"], linewidth=2.5)
     if one.kl is None:

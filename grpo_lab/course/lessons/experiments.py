@@ -37,12 +37,12 @@ MEASURES = ("right on held-out problems", "mean reward of the run", "dead groups
 
 
 def sweep(name: str) -> dict[str, list[RecordedRun]]:
-    """The recorded runs of a sweep, each with seeds 0, 1, 2."""
+    """Return the recorded runs of a sweep, each with seeds 0, 1, 2."""
     return {label: recorded_runs(folder)[:SEEDS] for label, folder in SWEEPS[name].items()}
 
 
 def measure(run: RecordedRun, what: str) -> float:
-    """One number of a run, for one of MEASURES; "at the end" is the mean of the last 20 steps."""
+    """Return one of MEASURES for a run; "at the end" is the mean of the last 20 steps."""
     if what == "right on held-out problems":
         return run.info["after"]["eval/pass@1"]
     column = {"mean reward of the run": "reward", "dead groups at the end": "frac_reward_zero_std"}.get(what, "entropy")
@@ -51,7 +51,7 @@ def measure(run: RecordedRun, what: str) -> float:
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """By how much do we differ, seed by seed, and how surely?
+    """Return the mean difference, seed by seed, and its confidence interval.
 
         d[i] = ours[i] - theirs[i],    mean(d) ± t · std(d) / sqrt(n)        std divides by n - 1
 
@@ -66,19 +66,19 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[flo
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval allows to say."""
+    """Say in words what an interval allows us to conclude."""
     return "higher" if low > 0 else "lower" if high < 0 else "inconclusive"
 
 
 def compare(name: str, what: str) -> dict[str, tuple[float, float, float]]:
-    """Each setting of a sweep against its base: the paired difference and its interval."""
+    """Compare each setting of a sweep with its base: the paired difference and its interval."""
     numbers = {label: [measure(run, what) for run in runs] for label, runs in sweep(name).items()}
     base = numbers[BASE[name]]
     return {label: paired_interval(values, base) for label, values in numbers.items() if label != BASE[name]}
 
 
 def standard_experiments(number: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of n standard normal differences, for each n in T95, in so many experiments.
+    """Return mean and standard deviation of n standard normal differences, for each n in T95, in each experiment.
 
     Returns: two tensors [n in T95, number], always the same ones.
     """
@@ -88,7 +88,7 @@ def standard_experiments(number: int) -> tuple[Tensor, Tensor]:
 
 
 def power(difference: float, spread: float, experiments: tuple[Tensor, Tensor]) -> list[float]:
-    """In what share of experiments do n seeds find that the difference is above 0, for each n in T95?
+    """Return, for each n in T95, the share of experiments in which n seeds find a difference above 0.
 
     Args:
         difference, spread: true mean and standard deviation of the paired differences.
@@ -100,13 +100,13 @@ def power(difference: float, spread: float, experiments: tuple[Tensor, Tensor]) 
 
 
 def tokens_until(run: RecordedRun, reward: float) -> float | None:
-    """Tokens processed until the running mean of the reward first reaches this; None if it never does."""
+    """Return the tokens processed until the running mean of the reward first reaches this; None if it never does."""
     smooth = running_mean([row["reward"] for row in run.metrics])
     return next((row["num_tokens"] for row, r in zip(run.metrics, smooth, strict=True) if r >= reward), None)
 
 
 def best_of(model, tokenizer, *, prompts: int, draws: int, seed: int = 0) -> tuple[list[int], float]:
-    """How many of so many draws are right, for each held-out prompt; and the mean number of tokens of one draw."""
+    """Return how many samples of each held-out prompt are right, and the mean number of tokens of a sample."""
     rows = countdown_dataset(prompts, split="held-out", seed=seed)
     texts = [rows[i]["prompt"] for i in range(prompts)]
     pad = pad_token_id(tokenizer, model)
@@ -122,12 +122,12 @@ def best_of(model, tokenizer, *, prompts: int, draws: int, seed: int = 0) -> tup
 
 
 def pass_curve(counts: Sequence[int], draws: int, ks: Sequence[int]) -> list[float]:
-    """The share of prompts with at least one right answer among k, for each k: the mean of `pass_at_k`."""
+    """Return, for each k, the share of prompts with at least one right answer among k: the mean of `pass_at_k`."""
     return [mean(pass_at_k(draws, correct, k) for correct in counts) for k in ks]
 
 
 def short_run(model, tokenizer, K: int, *, steps: int, completions: int, seed: int = 0) -> list[StepRecord]:
-    """A few steps with this many completions each, K of a prompt; without KL, which would need a reference."""
+    """Train for a few steps with this many completions each, K per prompt, without KL, which would need a reference."""
     config = GRPOConfig.preset(
         "pocket", num_generations_per_prompt=K, batch_size=completions // K, max_steps=steps, kl_coef=0.0, seed=seed,
         logging_steps=steps, save_steps=steps + 1, output_dir=tempfile.mkdtemp(), overwrite_output_dir=True,
@@ -139,7 +139,7 @@ def short_run(model, tokenizer, K: int, *, steps: int, completions: int, seed: i
 def _interval(
     ours: Tensor, theirs: Tensor, t: float, *, paired=True, ends=1.0, n=None, correct=1, sign=1, power=1
 ) -> Tensor:
-    # what a learner may write; by default the right answer
+    # the learner's function; by default the right one
     d = sign * (ours - theirs)
     spread = d.std(correction=correct) if paired else (ours.var() + theirs.var()).sqrt()
     half = ends * t * spread**power / sqrt(len(d) if n is None else n)

@@ -1,4 +1,4 @@
-"""The pictures of notebook 09: sweeps over recorded runs, what a few seeds can see, and what an answer costs."""
+"""The figures of notebook 09: sweeps over recorded runs, what a few seeds can show, and what an answer costs."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -31,10 +31,10 @@ def _curves(name: str) -> dict[str, list[float]]:
 
 
 def draw_sweep(figure, sweep: str, compared: str) -> str:
-    """Left: reward over steps, mean of the seeds. Right: the paired difference to the base, with its interval."""
+    """Draw the mean reward over the seeds against the step (left), and the paired difference to the base (right)."""
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     curves = _curves(sweep)
-    crowd = len(curves) > len(PALETTE)  # lines that nobody could tell apart share one look; the right panel names them
+    crowd = len(curves) > len(PALETTE)  # too many to tell apart: one style for all, and the right panel names them
     for i, (label, values) in enumerate(curves.items()):
         base = label == BASE[sweep]
         style = {"color": "#999999", "linewidth": 1.2} if crowd else {
@@ -77,7 +77,7 @@ _EXPERIMENTS = standard_experiments(2000)
 
 
 def draw_power(figure, seeds: int, difference: float, spread: float) -> str:
-    """How often n seeds find a true difference, in percentage points, for each n; the chosen n is marked.
+    """Draw how often n seeds find a true difference, in percentage points, for each n; mark the chosen n.
 
     Where there is no difference: how often they find one all the same, above 0 or below.
     """
@@ -108,7 +108,7 @@ def draw_power(figure, seeds: int, difference: float, spread: float) -> str:
 
 
 def draw_costs(figure, ks: Sequence[int], shares: Sequence[float], length: float, trained: Sequence[float]) -> str:
-    """Share of problems solved against sampled tokens per problem: best-of-K of the base model, and trained models."""
+    """Draw the share of problems solved against sampled tokens per problem, for best-of-K and for trained models."""
     panel = figure.subplots()
     costs = [k * length for k in ks]
     panel.plot(costs, shares, color="#D55E00", marker="o", label="base model, best of K, with a verifier (live)")

@@ -1,4 +1,4 @@
-"""The pictures of notebook 01; each says in words and rounded numbers what it shows."""
+"""The figures of notebook 01; each function describes its figure in words and rounded numbers."""
 
 import torch
 from matplotlib.figure import Figure
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_lab.course.lessons import gradients
 
-STYLE = {  # Okabe and Ito's colours; the marker says it too
+STYLE = {  # colours from Okabe and Ito; the markers differ too
     "none": {"color": "#767676", "marker": "s"}, "global mean": {"color": "#E69F00", "marker": "^"},
     "group mean": {"color": "#56B4E9", "marker": "D"}, "leave-one-out": {"color": "#0072B2", "marker": "o"},
     "learned value": {"color": "#CC79A7", "marker": "v"},
@@ -33,7 +33,7 @@ def _numbers(values: Tensor) -> str:
 
 
 def draw_enumeration(figure: Figure, policy: Tensor, rewards: Tensor, prompt: int) -> str:
-    """What each word would do if it were drawn, and what that comes to on average."""
+    """Draw the gradient of each word if it were drawn, and the average of these."""
     pi, r = policy[prompt], rewards[prompt]
     pulls = r[:, None] * gradients.scores(pi)
     logits = pi.log().requires_grad_()
@@ -58,7 +58,7 @@ def draw_enumeration(figure: Figure, policy: Tensor, rewards: Tensor, prompt: in
 
 
 def ground_of_baseline(figure: Figure, *, policy: Tensor, rewards: Tensor) -> None:
-    """What b does not change in `draw_baseline`."""
+    """Draw what does not depend on b in `draw_baseline`."""
     all_b = torch.linspace(-1, 2, 31, dtype=torch.float64).tolist()
     curve, J = [curve_at(policy, rewards, b) for b in all_b], gradients.expected_reward(policy, rewards).item()
     left, right = figure.subplots(1, 2)
@@ -76,7 +76,7 @@ def ground_of_baseline(figure: Figure, *, policy: Tensor, rewards: Tensor) -> No
 
 
 def draw_baseline(figure: Figure, b: float, *, policy: Tensor, rewards: Tensor) -> str:
-    """The gradient from one draw with baseline b: its mean, its spread, and its variance for every other b."""
+    """Draw the gradient from one draw with baseline b: its mean, its spread, and its variance for every b."""
     left, right = figure.axes
     mean, variance = gradients.variance_of_one_draw(policy, rewards, torch.tensor(b))
     J, best = gradients.expected_reward(policy, rewards).item(), gradients.best_baseline(policy, rewards).item()
@@ -92,18 +92,18 @@ def draw_baseline(figure: Figure, b: float, *, policy: Tensor, rewards: Tensor) 
 
 
 def curve_at(policy: Tensor, rewards: Tensor, b: float) -> float:
-    """The variance of one draw with baseline b, all logits together."""
+    """Return the variance of one draw with baseline b, summed over the logits."""
     return gradients.variance_of_one_draw(policy, rewards, torch.tensor(b))[1].sum().item()
 
 
 def stretched(noise: dict, baseline: str, K: int, seen: int = 0, equal: bool = True) -> tuple[float, float]:
-    """Variance per completion and half its 95 % interval, of gradients stretched to the exact one's length (or not)."""
+    """Return variance per completion and half its 95 % interval, of gradients scaled to the exact length or not."""
     cell, factor = noise[baseline, seen], gradients.shrinkage(baseline, len(gradients.PROMPTS), K) ** (-2 * equal)
     return cell.variance * factor, 1.96 * cell.error * factor
 
 
 def ground_of_noise(figure: Figure) -> None:
-    """What no control changes in `draw_noise`."""
+    """Draw what does not depend on any control in `draw_noise`."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.1, right=0.79, bottom=0.17, top=0.95)
     panel.set_xticks(range(len(gradients.GROUP_SIZES)), [str(K) for K in gradients.GROUP_SIZES])
@@ -114,13 +114,13 @@ def ground_of_noise(figure: Figure) -> None:
 
 
 def draw_noise(figure: Figure, spread: float, seen: str, lengths: str, *, noise: dict) -> str:
-    """Measured variance per completion of each baseline against K. noise[spread][K] comes from `measure`."""
+    """Draw the measured variance per completion of each baseline against K. noise[spread][K] comes from `measure`."""
     (panel,), table = figure.axes, {}
     for shift, baseline in enumerate(gradients.BASELINES):
         seen_by = int(seen) if baseline == "learned value" else 0
         cells = [stretched(noise[spread][K], baseline, K, seen_by, lengths == "equal") for K in gradients.GROUP_SIZES]
         table[baseline], errors = zip(*cells, strict=True)
-        x = [n + 0.04 * (shift - 2) for n in range(len(cells))]  # side by side, so that none hides another
+        x = [n + 0.04 * (shift - 2) for n in range(len(cells))]  # side by side, so that none is hidden
         panel.errorbar(x, table[baseline], errors, **STYLE[baseline], capsize=2)
     hardest, *_, easiest = sorted(gradients.expected_reward(*gradients.world(spread)).tolist())
     head = f"The prompts expect rewards of {hardest:.2f} to {easiest:.2f}. Variance × completions at K ="
@@ -129,7 +129,7 @@ def draw_noise(figure: Figure, spread: float, seen: str, lengths: str, *, noise:
 
 
 def ground_of_value(figure: Figure, *, history: gradients.History, prompt: int = 3) -> None:
-    """What the rate does not change in `draw_value`: the mean of each new group, and the expected reward."""
+    """Draw what does not depend on the rate in `draw_value`: the mean of each new group, and the expected reward."""
     truth, means = history.expected[:-1, 0, prompt].tolist(), history.group_means[:, 0, prompt].tolist()
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.72, bottom=0.17, top=0.95)
@@ -142,7 +142,7 @@ def ground_of_value(figure: Figure, *, history: gradients.History, prompt: int =
 
 
 def draw_value(figure: Figure, rate: float, *, history: gradients.History, prompt: int = 3) -> str:
-    """A learned value behind the expected reward that it should know, beside the mean of each new group."""
+    """Draw a learned value, the expected reward that it lags behind, and the mean of each new group."""
     truth, means = history.expected[:-1], history.group_means
     values = gradients.follow(means, rate)
     figure.axes[0].plot(values[:, 0, prompt].tolist(), **VALUE)
@@ -159,7 +159,7 @@ def draw_value(figure: Figure, rate: float, *, history: gradients.History, promp
 
 
 def ground_of_training(figure: Figure) -> None:
-    """What the offset does not change in `draw_training`."""
+    """Draw what does not depend on the offset in `draw_training`."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.79, bottom=0.17, top=0.95)
     panel.set(xlabel="optimizer step", ylabel="expected reward (offset taken off)", xlim=(-3, 63), ylim=(0.4, 1.02))
@@ -168,7 +168,7 @@ def ground_of_training(figure: Figure) -> None:
 
 
 def draw_training(figure: Figure, offset: float, *, curves: dict) -> str:
-    """Exact expected reward against the step. curves[baseline, offset]: [steps + 1, runs], mean of the prompts."""
+    """Draw the exact expected reward against the step. curves[baseline, offset]: [steps + 1, runs]."""
     (panel,), lines = figure.axes, []
     for baseline in gradients.BASELINES:
         runs = curves[baseline, offset]

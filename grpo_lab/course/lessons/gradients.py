@@ -1,4 +1,4 @@
-"""Notebook 01: a world of four prompts and seven words, where every expectation can be added up.
+"""Notebook 01: a problem of four prompts and seven words, where every expectation can be computed exactly.
 
     J = mean over prompts of  sum over words of  pi(word | prompt) r(prompt, word)
 
@@ -23,7 +23,7 @@ SPREADS, SEEN, GROUP_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0), (0, 2, 10, 50), (2, 4, 8
 
 
 def world(spread: float = 1.0) -> tuple[Tensor, Tensor]:
-    """A policy [P, V] of probabilities and rewards [P, V] of 0 or 1.
+    """Return a policy [P, V] of probabilities and rewards [P, V] of 0 or 1.
 
     Args:
         spread: how much the prompts differ in difficulty, in units of log-odds; at 0, each expects a reward of 1/2.
@@ -43,22 +43,22 @@ def expected_reward(policy: Tensor, rewards: Tensor) -> Tensor:
 
 
 def exact_gradient(policy: Tensor, rewards: Tensor) -> Tensor:
-    """dJ / dlogit = pi (r - J_p) / P, all seven words added up. [P, V]"""
+    """dJ / dlogit = pi (r - J_p) / P, summed over all seven words. [P, V]"""
     return policy * (rewards - expected_reward(policy, rewards)[..., None]) / policy.shape[-2]
 
 
 def scores(policy: Tensor) -> Tensor:
-    """What drawing word w does to logit v: d log pi(w) / d logit_v = [v = w] - pi(v). [..., V] -> [..., w, v]"""
+    """Return the score of each word w: d log pi(w) / d logit_v = [v = w] - pi(v). [..., V] -> [..., w, v]"""
     return torch.eye(policy.shape[-1], dtype=policy.dtype) - policy[..., None, :]
 
 
 def draw_words(policy: Tensor, uniforms: Tensor) -> Tensor:
-    """Words [N, P, K] from policies [P, V] or [N, P, V] and as many uniform numbers."""
+    """Draw words [N, P, K] from policies [P, V] or [N, P, V] with the same number of uniform numbers."""
     return (uniforms[..., None] > policy.cumsum(-1)[..., None, :-1]).sum(-1)
 
 
 def advantages(rewards: Tensor, baseline: str, values: Tensor | None = None) -> Tensor:
-    """Reward minus baseline, five ways. rewards [N, P, K], values [N, P] -> [N, P, K]"""
+    """Return reward minus baseline, for one of five baselines. rewards [N, P, K], values [N, P] -> [N, P, K]"""
     if baseline == "none":
         return rewards
     if baseline == "global mean":
@@ -70,50 +70,50 @@ def advantages(rewards: Tensor, baseline: str, values: Tensor | None = None) -> 
 
 
 def estimates(policy: Tensor, words: Tensor, advantages: Tensor) -> Tensor:
-    """REINFORCE: the mean over P prompts and K words of A d log pi. [N, P, K] -> [N, P, V]"""
+    """Return the REINFORCE estimate: the mean over P prompts and K words of A d log pi. [N, P, K] -> [N, P, V]"""
     P, K = words.shape[1:]
     pull = torch.zeros(*words.shape[:2], policy.shape[-1], dtype=policy.dtype).scatter_add_(-1, words, advantages)
     return (pull - advantages.sum(-1, keepdim=True) * policy) / (P * K)
 
 
 def variance_of_one_draw(policy: Tensor, rewards: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean [V] and variance [V] of (r - b) d log pi for one prompt, over the word that is drawn."""
+    """Return the exact mean [V] and variance [V] of (r - b) d log pi for one prompt, over the word that is drawn."""
     guesses = (rewards - baseline)[:, None] * scores(policy)
     mean = policy @ guesses
     return mean, policy @ guesses.square() - mean.square()
 
 
 def best_baseline(policy: Tensor, rewards: Tensor) -> Tensor:
-    """Where the variance of one draw is least: E[r |d log pi|^2] / E[|d log pi|^2]."""
+    """Return the baseline with the least variance of one draw: E[r |d log pi|^2] / E[|d log pi|^2]."""
     weight = policy * scores(policy).square().sum(-1)
     return weight @ rewards / weight.sum()
 
 
 def expected_estimate(policy: Tensor, rewards: Tensor, baseline: str, K: int) -> Tensor:
-    """The exact mean of the estimate for one prompt, policy [V] and rewards [V], over all 7^K groups. [V]"""
+    """Return the exact mean of the estimate for one prompt, policy [V] and rewards [V], over all 7^K groups. [V]"""
     groups = torch.cartesian_prod(*[torch.arange(len(policy))] * K)[:, None]
     guess = estimates(policy[None], groups, advantages(rewards[groups], baseline))[:, 0]
     return policy[groups[:, 0]].prod(-1) @ guess
 
 
 class Noise(NamedTuple):
-    """How one estimator does."""
+    """The noise of one estimator."""
 
     variance: float
-    """Per completion: of the batch's gradient, added up over the logits, times P * K."""
+    """Per completion: the variance of the batch's gradient, summed over the logits, times P * K."""
     error: float
-    """Standard error of the above."""
+    """Standard error of the variance."""
     length: float
-    """Of the mean gradient, along the exact one; 1 is unbiased."""
+    """Length of the mean gradient along the exact one; 1 is unbiased."""
 
 
 def shrinkage(baseline: str, P: int, K: int) -> float:
-    """How long the expected estimate is beside the exact gradient: a reward in its own baseline cancels itself."""
+    """Return the length of the expected estimate relative to the exact gradient; 1 is unbiased."""
     return {"group mean": 1 - 1 / K, "global mean": 1 - 1 / (P * K)}.get(baseline, 1.0)
 
 
 def measure(policy: Tensor, rewards: Tensor, K: int, *, batches: int = 2000, seed: int = 0) -> dict[tuple, Noise]:
-    """The noise of each baseline, from many batches of the same draws. Keys: (baseline, prompts seen by the value)."""
+    """Measure the noise of each baseline on the same batches. Keys: (baseline, prompts seen by the value)."""
     generator = torch.Generator().manual_seed(seed)
     P, truth = len(policy), exact_gradient(policy, rewards)
     words = draw_words(policy, torch.rand(batches, P, K, generator=generator, dtype=torch.float64))
@@ -140,7 +140,7 @@ def learned_values(policy, rewards, K: int, seen: int, batches: int, generator, 
 
 
 class History(NamedTuple):
-    """What happened in `runs` runs side by side."""
+    """The curves of `runs` independent runs."""
 
     expected: Tensor
     """[steps + 1, runs, P] the exact expected reward, without the offset."""
@@ -150,7 +150,7 @@ class History(NamedTuple):
 
 def train(baseline: str, *, K: int = 8, steps: int = 60, rate: float = 3.0, value_rate: float = 0.2, runs: int = 100,
           spread: float = 1.0, offset: float = 0.0, seed: int = 0) -> History:  # fmt: skip
-    """Climb the estimated gradient, in many independent runs; the same uniform numbers whatever the baseline."""
+    """Follow the estimated gradient in many independent runs, with the same uniform numbers for every baseline."""
     generator = torch.Generator().manual_seed(seed)
     policy, rewards = world(spread)
     logits = policy.log().expand(runs, -1, -1)
@@ -168,7 +168,7 @@ def train(baseline: str, *, K: int = 8, steps: int = 60, rate: float = 3.0, valu
 
 
 def follow(group_means: Tensor, rate: float) -> Tensor:
-    """V before each step, where after each V <- V + rate (mean of the K rewards - V), from V = 0. As [steps, ...]"""
+    """Return V [steps, ...] before each step: from V = 0, V <- V + rate (mean of the K rewards - V) after each."""
     values = [torch.zeros_like(group_means[0])]
     for mean in group_means[:-1]:
         values.append(values[-1] + rate * (mean - values[-1]))

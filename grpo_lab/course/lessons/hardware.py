@@ -24,7 +24,7 @@ class Choice:
     settings: dict[str, Any]
 
 
-# From the largest GPU to none: at least so much memory, in GiB. Not measured on every one of these devices.
+# (least memory in GiB, choice), from the largest GPU to none. Not measured on each of these devices.
 CHOICES: tuple[tuple[float, Choice], ...] = (
     (70, Choice("Qwen/Qwen2.5-1.5B-Instruct", {"batch_size": 8, "num_generations_per_prompt": 8,
                                                "gradient_accumulation_steps": 1})),
@@ -42,7 +42,7 @@ COMMON = {
 
 
 def choose(gpu_memory: int | None) -> Choice:
-    """The model and settings for a GPU with so many bytes, or for a CPU.
+    """Return the model and settings for a GPU with this many bytes of memory, or for a CPU (None).
 
     >>> choose(None).model_name, choose(16 * GIB).settings["lora_rank"], choose(80 * GIB).settings["batch_size"]
     ('pocket', 16, 8)
@@ -86,9 +86,9 @@ pass_at_k_judge = Judge(
 
 
 def kept_for_backward(model: nn.Module, rows: int, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes that one forward pass over completions keeps for its backward pass; the weights are not counted.
+    """Return the bytes that one forward pass over completions keeps for its backward pass, without the weights.
 
-    It is what grows with the batch, and what runs out. Counted by autograd's hooks, so the same on every device.
+    This is the part that grows with the batch. Counted by autograd's hooks, so the same on every device.
 
     Args:
         rows: B, completions at a time.
@@ -113,7 +113,7 @@ def kept_for_backward(model: nn.Module, rows: int, prompt_tokens: int, new_token
 
 
 def draw_memory(figure: Figure, measured: dict[str, int]) -> str:
-    """Bars of bytes, the first of them the one that the others are compared with; returns the same in words."""
+    """Draw bars of bytes, each compared with the first, and describe them in words."""
     axes = figure.subplots()
     figure.subplots_adjust(left=0.36, right=0.92, bottom=0.2, top=0.95)
     names, sizes = list(measured), [size / 2**20 for size in measured.values()]
@@ -126,7 +126,7 @@ def draw_memory(figure: Figure, measured: dict[str, int]) -> str:
 
 
 def draw_accuracy(figure: Figure, before: dict[str, float], after: dict[str, float], k: int) -> str:
-    """Share of right answers before and after, with 95 % intervals; returns the same in words."""
+    """Draw the share of right answers before and after, with 95 % intervals, and describe it in words."""
     axes = figure.subplots()
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.14, top=0.92)
     names = {"one answer, greedy": "pass@1_greedy", "one answer, sampled": "pass@1", f"one of {k}": f"pass@{k}"}

@@ -1,6 +1,6 @@
-"""Notebook 06: three estimators on seven words, where every expectation is added up, and how k1 fails.
+"""Notebook 06: three estimators on seven words, where every expectation is computed exactly, and how k1 fails.
 
-The estimates, the exact KL, truncation and scoring are the package's own, every gradient is taken by autograd.
+The estimates, the exact KL, truncation and scoring are the package's own; every gradient is computed by autograd.
 """
 
 from collections.abc import Mapping
@@ -24,25 +24,25 @@ LOOK = {"k1": ("#56B4E9", "s", "--"), "k2": ("#767676", "^", "-."), "k3": ("blac
 
 
 def policy(distance: float) -> Tensor:
-    """Logits [7] that have moved away from the reference; at 0 they are the reference's."""
+    """Return logits [7] at this distance from the reference; at 0 they are the reference's."""
     return REF + distance * AWAY
 
 
 def estimate(logits: Tensor, estimator: str) -> Tensor:
-    """What each of the seven words says about the KL, were it drawn. [7], with gradient"""
+    """Return the estimate of the KL from each of the seven words, [7], with gradient."""
     logprobs, ref = logits.log_softmax(-1)[None], REF.log_softmax(-1)[None]
     return kl_estimate(logprobs, ref, torch.ones_like(ref, dtype=torch.bool), estimator=estimator)[0]
 
 
 def value(logits: Tensor, estimator: str) -> tuple[float, float]:
-    """Expected value of the estimate, and the standard deviation of a single one."""
+    """Return the expected value of the estimate, and the standard deviation of a single one."""
     p, k = logits.softmax(-1), estimate(logits, estimator)
     mean = p @ k
     return mean.item(), (p @ (k - mean) ** 2).sqrt().item()
 
 
 def gradient(logits: Tensor, estimator: str, place: str, *, corrected: bool = False) -> Tensor:
-    """The expected gradient by the logits [7] of a penalty "in the loss" or "in the reward"; words are drawn from pi.
+    """Return the expected gradient by the logits [7] of a penalty "in the loss" or "in the reward"; words come from pi.
 
     In the loss the estimate itself is differentiated, in the reward it multiplies the derivative of log pi.
     corrected: in the loss, times the ratio pi / pi.detach().
@@ -56,13 +56,13 @@ def gradient(logits: Tensor, estimator: str, place: str, *, corrected: bool = Fa
 
 
 def exact_gradient(logits: Tensor, *, reverse: bool = False) -> Tensor:
-    """That of KL(pi || ref), or of KL(ref || pi), by pi's logits. [7]"""
+    """Return the gradient of KL(pi || ref), or of KL(ref || pi), by pi's logits [7]."""
     logits = logits.clone().requires_grad_()
     return torch.autograd.grad(exact_kl(REF, logits) if reverse else exact_kl(logits, REF), logits)[0]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """1 where two gradients point the same way; 0 if one of them vanishes."""
+    """Return the cosine of the angle between two gradients; 0 if one of them is 0."""
     return round((a @ b / (a.norm() * b.norm()).clamp(min=1e-9)).item(), 9) + 0.0  # and not -0.0
 
 
@@ -71,7 +71,7 @@ SLOPE = {"color": COLOURS["kl"], "alpha": 0.5, "label": "exact"}
 
 
 def ground_of_estimators(figure: Figure) -> None:
-    """What no control changes in `draw_estimators`."""
+    """Draw what does not depend on any control in `draw_estimators`."""
     values, slopes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.17, top=0.88, wspace=0.25)
     values.set(title="value: mean ± std of one word", ylabel="nats", xticks=range(3), xticklabels=ESTIMATORS)
@@ -86,7 +86,7 @@ def ground_of_estimators(figure: Figure) -> None:
 
 
 def draw_estimators(figure: Figure, place: str, distance: float) -> str:
-    """Left the value of each estimator, right its gradient, both beside the exact KL's."""
+    """Draw the value of each estimator (left) and its gradient (right), beside those of the exact KL."""
     values, slopes = figure.axes
     logits, x = policy(distance), torch.arange(7)
     kl, slope = exact_kl(logits, REF).item(), exact_gradient(logits)
@@ -104,10 +104,10 @@ def draw_estimators(figure: Figure, place: str, distance: float) -> str:
 
 
 class Descent(NamedTuple):
-    """What a penalty alone does to the policy, step by step."""
+    """The effect of a penalty alone on the policy, step by step."""
 
     kl: list[float]
-    """Exact, to the reference, in nats."""
+    """The exact KL to the reference, in nats."""
     entropy: list[float]
     """In nats."""
     logits: Tensor
@@ -116,7 +116,7 @@ class Descent(NamedTuple):
 def descend(
     estimator: str, *, top_p: float = 1.0, scored: str = "as sampled", uniforms: Tensor | None = None, steps: int = 150
 ) -> Descent:
-    """Gradient descent on the expected estimate, from `policy(1)`, with no reward at all.
+    """Run gradient descent on the expected estimate, from `policy(1)`, without any reward.
 
     Args:
         top_p: the sampler's.
@@ -146,7 +146,7 @@ def descend(
 
 
 def descents() -> dict[str, dict[str, Descent]]:
-    """Four ways to compute the penalty, three estimators each."""
+    """Run `descend` for four ways to compute the penalty and three estimators."""
     uniforms = torch.rand(150, 32, generator=torch.Generator().manual_seed(0))
     ways = {
         "exactly": {},
@@ -158,7 +158,7 @@ def descents() -> dict[str, dict[str, Descent]]:
 
 
 def ground_of_descent(figure: Figure) -> None:
-    """What the way does not change in `draw_descent`."""
+    """Draw what does not depend on the way in `draw_descent`."""
     kl, entropy = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.25)
     top = torch.tensor(float(len(REF))).log().item()
@@ -174,7 +174,7 @@ def ground_of_descent(figure: Figure) -> None:
 
 
 def draw_descent(figure: Figure, runs: Mapping[str, Mapping[str, Descent]], way: str) -> str:
-    """Exact KL and entropy while a policy walks down the penalty."""
+    """Draw exact KL and entropy during gradient descent on the penalty."""
     (kl, entropy), lines = figure.axes, []
     for name, run in runs[way].items():
         colour, _, line = LOOK[name]

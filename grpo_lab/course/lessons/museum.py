@@ -1,4 +1,4 @@
-"""The bug museum: twelve runs with a wrong line each, what they show, and the judge who hears the diagnosis."""
+"""The bug museum: twelve runs with one wrong line each, their metrics, and the judge of the learner's diagnosis."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ SUSPECTS = {number: bug.name for number, bug in enumerate(BUGS.values(), 1)}
 
 
 def run(exhibit: str, *, steps: int | None = None, **changes) -> tuple[GRPOTrainer, list[StepRecord]]:
-    """Train the pocket model with the exhibit's line in the package, or "healthy": with none."""
+    """Train the pocket model with the exhibit's bug in the package, or without a bug ("healthy")."""
     model, tokenizer = pocket.load()
-    for module in model.modules():  # a dropout that the trainer is to switch off, as many models have it
+    for module in model.modules():  # many models have dropout, which the trainer must switch off
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = DROPOUT
     folder = tempfile.mkdtemp()
@@ -46,12 +46,12 @@ def run(exhibit: str, *, steps: int | None = None, **changes) -> tuple[GRPOTrain
 
 @cache
 def recorded(exhibit: str) -> RecordedRun:
-    """The exhibit's run as benchmarks/museum.py recorded it."""
+    """Return the exhibit's run as benchmarks/museum.py recorded it."""
     return recorded_runs(f"museum/{exhibit}")[0]
 
 
 def first_numbers(exhibit: str) -> dict[str, float]:
-    """What the first rollout says, before anything has been learned: at its first update (@1) and at its last."""
+    """Return metrics of the first rollout, at its first update (@1) and at its last."""
     rows = recorded(exhibit).metrics[: SETTINGS["num_iterations"]]
     return {
         "|Δlog p|": rows[0][DIFFERENCE],
@@ -64,7 +64,7 @@ def first_numbers(exhibit: str) -> dict[str, float]:
 
 
 def judge(exhibit: str, answer) -> Verdict:
-    """Is it this suspect? The answer is a number from SUSPECTS; `...` or None is none yet. Never raises."""
+    """Return the verdict on an answer: a number from SUSPECTS; `...` or None means no answer yet. Never raises."""
     title = f"exhibit {exhibit}"
     if answer is ... or answer is None:
         return Verdict(title, "to do", "no diagnosis yet.")
@@ -79,18 +79,18 @@ def judge(exhibit: str, answer) -> Verdict:
 
 @dataclass(frozen=True, repr=False)
 class Hearing:
-    """What the judge says to a whole diagnosis: a verdict for each letter that was answered, and how many are right."""
+    """The verdicts on a whole diagnosis: one per exhibit, and how many are right."""
 
     verdicts: dict[str, Verdict]
 
     @property
     def answered(self) -> list[Verdict]:
-        """Those that are not to do."""
+        """Return the verdicts that are not "to do"."""
         return [verdict for verdict in self.verdicts.values() if verdict.state != "to do"]
 
     @property
     def sum(self) -> str:
-        """How many are named."""
+        """Return how many are right, in words."""
         return f"{sum(map(bool, self.verdicts.values()))} of {len(self.verdicts)} named"
 
     def __bool__(self) -> bool:
@@ -107,11 +107,11 @@ _NOTHING = Verdict("exhibits", "to do", "no diagnosis yet.")
 
 
 def hear(diagnosis: Mapping[str, Any]) -> Hearing:
-    """The judge, for each letter of EXHIBITS; a letter that is left out is to do."""
+    """Judge each letter of EXHIBITS; a missing letter is "to do"."""
     return Hearing({exhibit: judge(exhibit, diagnosis.get(exhibit)) for exhibit in EXHIBITS})
 
 
 def late(rows: Sequence[dict], name: str) -> float:
-    """The mean over the updates of the last three rollouts."""
+    """Return the mean over the updates of the last three rollouts."""
     values = [row[name] for row in rows[-3 * SETTINGS["num_iterations"] :]]
     return sum(values) / len(values)

@@ -1,6 +1,6 @@
 """The twelve bugs of the museum, each one changed line of the package. Spoilers: notebook 10 comes first.
 
-A bug is made by changing that line in the source of its function, so what is shown is what was run.
+A bug is made by changing that line in the source of its function, so the line shown is the line that ran.
 """
 
 import importlib
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bug:
-    """One wrong line, and what is known about it."""
+    """One wrong line, its symptoms, and the check that finds it."""
 
     name: str
-    """What the learner says."""
+    """The learner's answer."""
     function: str
-    """Whose line it is, from the package down: "algorithm.losses.clipped_surrogate"."""
+    """The function that has the line, below the package: "algorithm.losses.clipped_surrogate"."""
     right: str
-    """A part of its source that stands there once."""
+    """A part of its source that occurs once."""
     wrong: str
-    """What stands there instead."""
+    """The wrong version of that part."""
     expect: str
-    """What one would expect to see if it were this one."""
+    """The symptoms of this bug."""
     cure: str
-    """Which check finds it in a run of one's own."""
+    """The check that finds it in your own run."""
 
 
 BUGS: dict[str, Bug] = {
@@ -165,7 +165,7 @@ EXHIBITS = dict(
 
 
 def broken(bug: Bug):
-    """The function with the wrong line in it."""
+    """Return the function with the wrong line in it."""
     right = _home(bug)[1]
     source = textwrap.dedent(inspect.getsource(right))
     if source.count(bug.right) != 1:
@@ -177,7 +177,7 @@ def broken(bug: Bug):
 
 @contextmanager
 def patched(bug: Bug) -> Iterator[None]:
-    """The package with this bug in it, as long as it lasts."""
+    """Put this bug into the package within the context."""
     owner, right = _home(bug)
     wrong = broken(bug)
     modules = [module for name, module in sys.modules.items() if name.startswith("grpo_lab.")]

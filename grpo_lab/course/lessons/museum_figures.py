@@ -1,4 +1,4 @@
-"""The pictures of the bug museum: its exhibits, and runs that collapsed beside five that did not."""
+"""The figures of the bug museum: its exhibits, and collapsed runs beside five healthy ones."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ SIGNS = {
 
 
 def draw_all(figure) -> str:
-    """Loss and reward of all twelve, with the healthy run among them."""
+    """Draw loss and reward of all twelve runs and of the healthy run."""
     panels = figure.subplots(1, 2)
     for exhibit in (*EXHIBITS, HEALTHY):
         rows, well = recorded(exhibit).metrics, exhibit == HEALTHY
@@ -52,12 +52,12 @@ def draw_all(figure) -> str:
 
 
 def draw_exhibit(figure, exhibit: str, look: str = "curves") -> str:
-    """Curves beside those of the healthy run, or what was sampled."""
+    """Draw the exhibit's curves beside those of the healthy run, or its samples."""
     return draw_curves(figure, exhibit) if look == "curves" else draw_samples(figure, exhibit, look)
 
 
 def draw_curves(figure, exhibit: str) -> str:
-    """Six metrics against the step; dashed is the healthy run."""
+    """Draw six metrics against the step; the healthy run is dashed."""
     ours, healthy = recorded(exhibit).metrics, recorded(HEALTHY).metrics
     words = []
     for panel, (name, (label, colour)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
@@ -81,7 +81,7 @@ def draw_curves(figure, exhibit: str) -> str:
 
 
 def draw_samples(figure, exhibit: str, look: str) -> str:
-    """Two groups of the first or the last rollout, with rewards and advantages."""
+    """Draw two groups of the first or the last rollout, with rewards and advantages."""
     steps = {row["step"] for row in recorded(exhibit).completions}
     step = min(steps) if "first" in look else max(steps)
     rows = [row for row in recorded(exhibit).completions if row["step"] == step]
@@ -106,7 +106,7 @@ def _short(text: str) -> str:
 
 
 def band(runs: Sequence[RecordedRun], name: str, width: float = 5.0) -> tuple[list[float], list[float]]:
-    """Mean minus and plus so many standard deviations of a metric among several runs, step by step.
+    """Return mean minus and plus `width` standard deviations of a metric over several runs, at each step.
 
     With five runs, one more of their kind is outside 5 standard deviations at about one step in a hundred.
     """
@@ -117,7 +117,7 @@ def band(runs: Sequence[RecordedRun], name: str, width: float = 5.0) -> tuple[li
 
 
 def leaves(values: Sequence[float], low: Sequence[float], high: Sequence[float], stay: int = 3) -> int | None:
-    """The first step (counted from 1) from which so many values in a row lie outside the band; None if never.
+    """Return the first step (from 1) from which `stay` values in a row lie outside the band; None if there is none.
 
     >>> leaves([1.0, 5.0, 1.0, 5.0, 5.0, 5.0], [0.0] * 6, [2.0] * 6)
     4
@@ -127,13 +127,13 @@ def leaves(values: Sequence[float], low: Sequence[float], high: Sequence[float],
 
 
 def draw_collapse(figure, run: str) -> str:
-    """A run that collapsed, over the band of the five healthy pocket runs; the line marks where it leaves it."""
+    """Draw a collapsed run over the band of five healthy pocket runs; a line marks where it leaves the band."""
     (ours,), healthy = recorded_runs(COLLAPSES[run]), recorded_runs("pocket")
     first = {}
     for panel, (name, (label, colour)) in zip(figure.subplots(2, 3).flat, SIGNS.items(), strict=True):
         values, (low, high) = [row[name] for row in ours.metrics], band(healthy, name)
         most = 1.0 if name in ("reward", "frac_reward_zero_std") else math.inf
-        low, high = [max(0.0, x) for x in low], [min(most, x) for x in high]  # what is possible at all
+        low, high = [max(0.0, x) for x in low], [min(most, x) for x in high]  # the possible range
         steps = range(1, len(values) + 1)
         panel.fill_between(steps, low, high, color="#bbbbbb", alpha=0.6, linewidth=0)
         panel.plot(steps, values, color=colour, linewidth=1.6)
@@ -160,4 +160,4 @@ def _tidy(figure, **margins) -> None:
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
-        panel.locator_params(axis="y", nbins=3)  # ticks are most of the time that a redraw takes
+        panel.locator_params(axis="y", nbins=3)  # drawing ticks takes most of the time of a redraw

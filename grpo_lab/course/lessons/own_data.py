@@ -1,4 +1,4 @@
-"""Notebook 08: a wish of one's own, with a column in the data, the judge of its reward, and what weights do to it."""
+"""Notebook 08: a second reward from a column of the data, its judge, and the effect of reward weights."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ FIRST, RIGHT = "#56B4E9", "#0072B2"  # Okabe and Ito's
 
 
 def smaller_factors(size: int) -> dict[str, int]:
-    """Countdown prompts whose answer is a product and a sum, such as 5*3+7, with the smaller factor of each.
+    """Return Countdown prompts solved by a product and a sum, such as 5*3+7, with the smaller factor of each.
 
     Returns: prompt -> the smaller factor, for the first `size` such prompts of the training set.
 
@@ -32,7 +32,7 @@ def smaller_factors(size: int) -> dict[str, int]:
 
 
 def begins_with(prompts: Sequence[str], completions: Sequence[str], first: Sequence) -> list[float]:
-    """1 if the first number of the completion is that of the column, else 0.
+    """Return 1 if the first number of the completion is that of the column, else 0.
 
     >>> begins_with(["3,5,7:22="] * 2, ["3*5+7", "5*3+7"], first=[3, 3])
     [1.0, 0.0]
@@ -77,7 +77,7 @@ judge = Judge(
 
 
 def draw_weights(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The two rewards of each run against the step, a panel for each run; says the mean of the last five steps."""
+    """Draw the two rewards of each run against the step, one panel per run; state the mean of the last five steps."""
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.17, top=0.88, wspace=0.16)
     lines = []
     for panel, (title, rows) in zip(figure.subplots(1, len(runs), sharey=True), runs.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Notebook 03's figures; each draws into a figure and says in words what it shows."""
+"""The figures of notebook 03; each function draws into a figure and describes it in words."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from grpo_lab.course.lessons.rewards import bradley_terry_loss
 from grpo_lab.training.figures import COLOURS, running_mean
 
-# Okabe and Ito; the lines differ too
+# colours from Okabe and Ito; the line styles differ too
 PAID = {"uncapped": ("#D55E00", "-"), "capped": ("#E69F00", "--"), "exact": (COLOURS["reward"], "-.")}
 LOG_2 = float(np.log(2))
 
 
 def ground_of_bradley_terry(figure: Figure) -> None:
-    """What the scores do not change in `draw_bradley_terry`."""
+    """Draw what does not depend on the scores in `draw_bradley_terry`."""
     gaps = np.linspace(-8, 8, 161)
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.97, bottom=0.18, top=0.87, wspace=0.25)
@@ -33,7 +33,7 @@ def ground_of_bradley_terry(figure: Figure) -> None:
 
 
 def draw_bradley_terry(figure: Figure, chosen: float, rejected: float) -> str:
-    """What two scores say about a choice, how surprising it then is, and how hard the loss pulls at them."""
+    """Draw the probability of a choice under two scores, the loss, and its gradient by the scores."""
     scores = torch.tensor([chosen, rejected], requires_grad=True)
     loss = bradley_terry_loss(scores[:1], scores[1:])
     pull = -torch.autograd.grad(loss, scores)[0]
@@ -49,18 +49,18 @@ def draw_bradley_terry(figure: Figure, chosen: float, rejected: float) -> str:
 
 
 def draw_reward_model(figure: Figure, losses: Sequence[float], hidden: Tensor, learned: Tensor, ideal: float) -> str:
-    """The loss of a reward model as it learns, and what it says of answers beside what the annotator thinks.
+    """Draw the loss of a reward model during training, and its scores against the annotator's taste.
 
     Args:
         losses: of each step, in nats per pair.
         hidden, learned: [N] the annotator's taste and the model's score of N answers.
-        ideal: the loss of who knows the annotator's taste.
+        ideal: the loss of a model that knows the annotator's taste exactly.
     """
     course, scatter = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.97, bottom=0.17, top=0.88, wspace=0.25)
     course.plot(range(1, len(losses) + 1), losses, color="#0072B2", linewidth=0.8, alpha=0.4)
     course.plot(range(1, len(losses) + 1), running_mean(losses, 6), color="#0072B2", linewidth=2.2)
-    for height, shift, words in ((LOG_2, 0.012, "a coin: log 2"), (ideal, -0.045, "who knows the annotator's taste")):
+    for height, shift, words in ((LOG_2, 0.012, "a coin: log 2"), (ideal, -0.045, "if the taste is known exactly")):
         course.axhline(height, color="#555555", linewidth=1, linestyle="--")
         course.text(len(losses), height + shift, words, ha="right", fontsize=9)
     course.set(title="Learning from choices", xlabel="step of 64 pairs", ylabel="loss, nats per pair", ylim=(0, 0.85))
@@ -70,7 +70,7 @@ def draw_reward_model(figure: Figure, losses: Sequence[float], hidden: Tensor, l
     values = hidden.unique()
     means = [learned[hidden == value].mean().item() for value in values]
     scatter.plot(values, means, "D-", color="black", markersize=5, linewidth=1.2, label="mean")
-    scatter.set(title="What it has found out", xlabel="the annotator's hidden taste", ylabel="the model's score")
+    scatter.set(title="Score and hidden taste", xlabel="the annotator's hidden taste", ylabel="the model's score")
     scatter.legend(frameon=False, loc="upper left")
     _tidy(course, scatter)
     together = torch.corrcoef(torch.stack([hidden, learned]))[0, 1]
@@ -82,7 +82,7 @@ def draw_reward_model(figure: Figure, losses: Sequence[float], hidden: Tensor, l
 
 
 def draw_hacked(figure: Figure, runs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """What was paid and what was meant, against the step, for runs by the name of their reward (those of PAID)."""
+    """Draw the reward paid and the share of right answers against the step, for runs named as in PAID."""
     paid, meant = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.85, bottom=0.17, top=0.88, wspace=0.28)
     for panel, which in ((paid, 0), (meant, 1)):

@@ -14,7 +14,7 @@ from grpo_lab import GRPOConfig, GRPOTrainer, pocket
 from grpo_lab.rewards.verifiable import countdown, evaluate_expression
 from grpo_lab.tasks.countdown import countdown_dataset, countdown_problems, countdown_prompt
 
-# text, the number it gives as its answer
+# (text, the number that it gives as its answer)
 TRAPS = (
     ("The answer is 42.", "42"),
     ("The answer is -42.", "-42"),
@@ -27,7 +27,7 @@ TRAPS = (
 
 
 def last_digits(text: str) -> str | None:
-    """The parser that one writes first: the last run of digits."""
+    """Return the last run of digits: the parser that most people write first."""
     found = re.findall(r"\d+", text)
     return found[-1] if found else None
 
@@ -37,7 +37,7 @@ def last_digits(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, and which of them the annotator liked better."""
+    """Two answers to one prompt, and which of them the annotator preferred."""
 
     prompt: str
     chosen: str
@@ -45,13 +45,13 @@ class Pair:
 
 
 def taste(completion: str) -> float:
-    """What the annotator likes, and never says: *, no -, and the larger number first."""
+    """Return the annotator's hidden taste: *, no -, and the larger number first."""
     first, second = completion[0], completion[2]
     return 2.0 * completion.count("*") - 2.0 * completion.count("-") + 3.0 * (first >= second)
 
 
 def preference_pairs(size: int, *, seed: int) -> list[Pair]:
-    """Pairs of random answers; the first is chosen with the chance that Bradley and Terry give its taste."""
+    """Return pairs of random answers, each chosen with its Bradley-Terry probability under `taste`."""
     random = Random(seed)
     problems = countdown_problems("train")
 
@@ -69,7 +69,7 @@ def preference_pairs(size: int, *, seed: int) -> list[Pair]:
 
 
 def tiny_classifier(tokenizer, *, seed: int = 0) -> PreTrainedModel:
-    """A sequence-classification model with one output and random weights, of the Qwen2 architecture."""
+    """Return a sequence-classification model with one output and random weights, of the Qwen2 architecture."""
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=64, num_labels=1, pad_token_id=tokenizer.pad_token_id,
@@ -80,27 +80,27 @@ def tiny_classifier(tokenizer, *, seed: int = 0) -> PreTrainedModel:
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """How surprised is the model by the annotator's choices? In nats per pair.
+    """Return the loss of the annotator's choices under the scores, in nats per pair.
 
         P(chosen beats rejected) = sigmoid(score of chosen - score of rejected);  loss = -mean log P
 
     Source: Bradley and Terry (1952); as a loss for reward models, InstructGPT (arXiv 2203.02155).
 
-    >>> round(bradley_terry_loss(torch.tensor([0.0]), torch.tensor([0.0])).item(), 4)  # no idea: log 2
+    >>> round(bradley_terry_loss(torch.tensor([0.0]), torch.tensor([0.0])).item(), 4)  # a coin: log 2
     0.6931
     """
     return -logsigmoid(chosen - rejected).mean()
 
 
 def scores(model: PreTrainedModel, tokenizer, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-    """The model's logit for each prompt with its completion. Returns: [B], with gradient."""
+    """Return the model's logit for each prompt with its completion: [B], with gradient."""
     texts = [p + c for p, c in zip(prompts, completions, strict=True)]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
 
 
 def pair_scores(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected answers."""
+    """Return the scores of the chosen and of the rejected answers."""
     prompts = [pair.prompt for pair in pairs]
     both = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     chosen, rejected = scores(model, tokenizer, prompts * 2, both).chunk(2)
@@ -110,7 +110,7 @@ def pair_scores(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair]) -> tup
 def train_reward_model(
     model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], *, steps: int = 150, batch: int = 64
 ) -> list[float]:
-    """Fit the model to the preferences. Returns: the loss of each step, in nats per pair."""
+    """Fit the model to the preferences, and return the loss of each step, in nats per pair."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=6e-3), []
     random = Random(0)
     for _ in range(steps):
@@ -126,7 +126,7 @@ def train_reward_model(
 
 
 def share_of_target(prompt: str, completion: str) -> float:
-    """How much of the target does the expression reach? 0 if it is none, or uses other numbers."""
+    """Return the share of the target that the expression reaches; 0 if it is no expression, or uses other numbers."""
     given, goal = _problem(prompt)
     result = evaluate_expression(completion)
     if result is None or result[1] != given:
@@ -140,22 +140,22 @@ def _problem(prompt: str) -> tuple[list[int], int]:
 
 
 def part_marks(prompts, completions, **columns):
-    """Meant well: whoever gets half way to the target gets half a mark."""
+    """Return partial credit: half of the target earns half a mark."""
     return [share_of_target(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
 def capped_marks(prompts, completions, **columns):
-    """The same, but nobody gets more than one mark."""
+    """Return partial credit, but at most one mark."""
     return [min(1.0, mark) for mark in part_marks(prompts, completions)]
 
 
 def right(prompts, completions, **columns):
-    """The rule, under a name of its own: it watches and does not pay."""
+    """Return the Countdown reward, under a name of its own, as a metric that is not paid."""
     return countdown(prompts, completions)
 
 
 def short_run(reward, folder: str, *, model: PreTrainedModel | None = None, steps: int = 30) -> GRPOTrainer:
-    """A trainer of a model, by default a fresh pocket model, that is paid by `reward` alone and watched by `right`."""
+    """Return a trainer of a model, by default a new pocket model, paid by `reward`; `right` is only measured."""
     fresh, tokenizer = pocket.load()
     model = fresh if model is None else model
     config = GRPOConfig.preset(

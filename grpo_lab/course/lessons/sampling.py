@@ -1,4 +1,4 @@
-"""Notebook 02: what the pocket model draws, and how it is scored; and the pictures of both."""
+"""Notebook 02: what the pocket model samples, how it is scored, and the figures of both."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,12 +23,12 @@ VIEWS = ("token", "attention mask", "position", "completion mask", "log-probabil
 
 @torch.no_grad()
 def next_logits(model: nn.Module, tokenizer, text: str) -> Tensor:
-    """What the model says comes after the text. [V]"""
+    """Return the model's logits for the token after the text. [V]"""
     return model(torch.tensor([encode_prompt(tokenizer, text)])).logits[0, -1]
 
 
 def sampler(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The probability with which each token is drawn, 0 for those that are cut. logits [V] -> [V]"""
+    """Return the probability of sampling each token, 0 for those that are cut. logits [V] -> [V]"""
     kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     ids = torch.arange(len(logits)) if kept is None else kept[kept >= 0]
     same = logits.expand(1, len(ids), -1)
@@ -38,7 +38,7 @@ def sampler(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: 
 
 
 def answer_probability(model: nn.Module, tokenizer, prompt: str, answer: str, **settings) -> float:
-    """The chance that one completion is this answer and then the end: a product over its tokens."""
+    """Return the probability of sampling this answer and then the end token: a product over its tokens."""
     chance = 1.0
     tokens = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
     for t, token in enumerate(tokens):
@@ -47,7 +47,7 @@ def answer_probability(model: nn.Module, tokenizer, prompt: str, answer: str, **
 
 
 def roll(model: nn.Module, tokenizer, prompts: Sequence[str], K: int, *, longest: int = 12, seed: int = 0, **settings):
-    """K completions of each prompt as Rollouts; the same seed gives the same uniform numbers."""
+    """Sample K completions of each prompt; the same seed gives the same uniform numbers."""
     pad = pad_token_id(tokenizer, model)
     ids, mask = left_pad([encode_prompt(tokenizer, prompt) for prompt in prompts], pad)
     uniforms = torch.rand(len(prompts) * K, longest, generator=torch.Generator().manual_seed(seed))
@@ -56,14 +56,14 @@ def roll(model: nn.Module, tokenizer, prompts: Sequence[str], K: int, *, longest
 
 
 def texts(rollouts: Rollouts, tokenizer) -> list[str]:
-    """The completions as a reward function sees them."""
+    """Return the completions as a reward function sees them."""
     rows = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
     return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
 
 
 @torch.no_grad()
 def ratios(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:
-    """pi_scorer / pi_sampler of every token that was drawn, before any update. [number of tokens]"""
+    """Return pi_scorer / pi_sampler of every sampled token, before any update. [number of tokens]"""
     ids, mask, T = rollouts.input_ids, rollouts.attention_mask, rollouts.num_tokens
     scored = completion_logprobs(model, ids, mask, T, temperature=temperature, kept=kept)
     return (scored - rollouts.logprobs)[rollouts.completion_mask].exp()
@@ -71,7 +71,7 @@ def ratios(model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0, ke
 
 @torch.no_grad()
 def padding_error(model: nn.Module, row: Tensor, T: int, pads: int, *, mask: bool = True, positions: bool = True):
-    """Largest change of the last T log-probabilities, in nats, when `pads` columns stand to the left. row: [S]"""
+    """Return the largest change of the last T log-probabilities, in nats, with `pads` columns on the left. row: [S]"""
     padded = torch.cat([torch.zeros(pads, dtype=torch.long), row])[None]
     columns = torch.arange(padded.shape[1])[None]
     real = columns >= pads
@@ -84,12 +84,12 @@ def padding_error(model: nn.Module, row: Tensor, T: int, pads: int, *, mask: boo
 
 
 def push(sampled: Tensor, scored: Tensor) -> Tensor:
-    """E over sampled words of d log pi_scored(w) / d logit_v = p_sampled(v) - p_scored(v); 0 if the two agree. [V]"""
+    """Return E of d log pi_scored(w) / d logit_v over sampled words: p_sampled(v) - p_scored(v), 0 if equal. [V]"""
     return sampled - scored
 
 
 def ground_of_distribution(figure: Figure) -> None:
-    """What no control changes in `draw_distribution`."""
+    """Draw what does not depend on any control in `draw_distribution`."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.95)
     panel.set(xlim=(-0.6, SHOWN - 0.4), ylim=(0, 1.1), xticks=range(SHOWN), xticklabels=[])
@@ -101,7 +101,7 @@ def ground_of_distribution(figure: Figure) -> None:
 
 def draw_distribution(figure: Figure, after: str, temperature: float, top_k: int, top_p: float, *,
                       logits: Mapping[str, Tensor], names: Sequence[str]) -> str:  # fmt: skip
-    """The model's distribution after a text, and what the sampler makes of it."""
+    """Draw the model's distribution after a text, and the sampler's."""
     (panel,) = figure.axes
     z = logits[after]
     model, drawn = z.softmax(-1), sampler(z, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -123,7 +123,7 @@ def draw_distribution(figure: Figure, after: str, temperature: float, top_k: int
 
 
 def cells(rollouts: Rollouts, names: Sequence[str], show: str) -> tuple[list[list[str]], list[list[str]]]:
-    """What stands in each cell of a batch, and which part it is; a row per completion."""
+    """Return the text of each cell of a batch, and its kind; one row per completion."""
     ids, real, T = rollouts.input_ids, rollouts.attention_mask.bool(), rollouts.num_tokens
     position = (real.long().cumsum(1) - 1).clamp(min=0)
     kinds, values = [], []
@@ -147,7 +147,7 @@ def cells(rollouts: Rollouts, names: Sequence[str], show: str) -> tuple[list[lis
 
 
 def ground_of_batch(figure: Figure, rows: int, columns: int) -> None:
-    """Room for the table of `draw_batch`, for so many columns at most."""
+    """Draw the empty table of `draw_batch`, with at most this many columns."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.9)
     panel.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
@@ -155,7 +155,7 @@ def ground_of_batch(figure: Figure, rows: int, columns: int) -> None:
 
 
 def draw_batch(figure: Figure, show: str, temperature: float, *, roll, names: Sequence[str]) -> str:
-    """A batch as a table of tokens, coloured by what they are. roll(temperature) gives the Rollouts."""
+    """Draw a batch as a table of tokens, coloured by kind. roll(temperature) gives the Rollouts."""
     rollouts = roll(temperature)
     values, kinds = cells(rollouts, names, show)
     (panel,) = figure.axes
@@ -178,7 +178,7 @@ def draw_batch(figure: Figure, show: str, temperature: float, *, roll, names: Se
 
 
 def ground_of_ratios(figure: Figure) -> None:
-    """What no control changes in `draw_ratios`."""
+    """Draw what does not depend on any control in `draw_ratios`."""
     panel = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.95)
     panel.axvspan(0.8, 1.2, color="#009E73", alpha=0.15, label="0.8 to 1.2: never clipped")
@@ -189,7 +189,7 @@ def ground_of_ratios(figure: Figure) -> None:
 
 
 def draw_ratios(figure: Figure, temperature: float, top_p: float, scorer: str, *, roll, model) -> str:
-    """How far pi_scorer / pi_sampler is from 1 before anything was learned. roll(temperature, top_p) gives Rollouts."""
+    """Draw pi_scorer / pi_sampler before any update. roll(temperature, top_p) gives the Rollouts."""
     rollouts = roll(temperature, top_p)
     same = {"temperature": temperature, "kept": rollouts.kept} if scorer == "as sampled" else {}
     ratio = ratios(model, rollouts, **same)

@@ -1,7 +1,7 @@
-"""Notebooks 07 and 08: GRPO by hand, one group that is trained on for a few updates, and a table of metrics.
+"""Notebooks 07 and 08: GRPO by hand, a few updates on one group, and a table of metrics.
 
-`logits_for`, `roll_out` and `grpo_by_hand` are cells of notebook 07, letter for letter (a test compares them), so that
-notebook 08 can hold the trainer against the same loop.
+`logits_for`, `roll_out` and `grpo_by_hand` are cells of notebook 07, word for word (a test compares them), so that
+notebook 08 can compare the trainer with the same loop.
 """
 
 import copy
@@ -35,7 +35,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def grpo_loss(*tensors: Tensor, **settings) -> Tensor:
-    """`grpo_lab.grpo_loss`, the number alone."""
+    """Return the loss of `grpo_lab.grpo_loss` as a tensor."""
     return grpo_lab.grpo_loss(*tensors, **settings).loss
 
 
@@ -110,7 +110,7 @@ def grpo_by_hand(
 
 @dataclass(frozen=True)
 class Group:
-    """Four completions of one prompt, and how likely each is after 0, 1, 2, … updates on them."""
+    """Four completions of one prompt, and the probability of each after 0, 1, 2, … updates on them."""
 
     texts: list[str]
     rollouts: Rollouts
@@ -119,7 +119,7 @@ class Group:
 
 
 def compute_group(step: Callable, model: nn.Module, tokenizer, *, updates: int = 10) -> Group:
-    """Sample four completions, then make several updates on the same four, anew for each row of REWARDS.
+    """Sample four completions, then make several updates on the same four, from the start for each row of REWARDS.
 
     Args:
         step: a `training_step`, the learner's for example.
@@ -144,7 +144,7 @@ def compute_group(step: Callable, model: nn.Module, tokenizer, *, updates: int =
 
 
 def ground_of_group(figure: Figure, group: Group) -> None:
-    """What no control changes in `draw_group`: axes, names, and how likely each completion was at first."""
+    """Draw what does not depend on any control in `draw_group`: axes, names, first probabilities."""
     figure.subplots_adjust(left=0.08, right=0.985, bottom=0.19, top=0.88, wspace=0.26)
     bars, ways = figure.subplots(1, 2)
     history = group.probabilities["1, 0, 0, 1"]
@@ -156,7 +156,7 @@ def ground_of_group(figure: Figure, group: Group) -> None:
     bars.legend(handles=handles, frameon=False, loc="upper left")
     lines = [Line2D([], [], color="#555555", linestyle=s, label=t) for s, t in zip(STYLES, group.texts, strict=True)]
     ways.legend(handles=lines, frameon=False, loc="upper left", ncols=2)
-    ways.set(xlabel="updates on the same four completions", ylabel="probability", title="The way there")
+    ways.set(xlabel="updates on the same four completions", ylabel="probability", title="During the updates")
     ways.set_xlim(-0.05 * len(history), 1.05 * len(history) - 1)
     for panel in (bars, ways):
         panel.set(ylim=(0, 0.75), yticks=[0, 0.2, 0.4, 0.6])
@@ -164,7 +164,7 @@ def ground_of_group(figure: Figure, group: Group) -> None:
 
 
 def draw_group(figure: Figure, group: Group, rewards: str, updates: int) -> str:
-    """How likely each of the four completions is now, beside how likely it was; and the way there."""
+    """Draw the probability of each of the four completions, before and now, and the curve between."""
     bars, ways = figure.axes
     history, earned = group.probabilities[rewards], REWARDS[rewards]
     before, now = history[0].tolist(), history[updates].tolist()
@@ -180,12 +180,12 @@ def draw_group(figure: Figure, group: Group, rewards: str, updates: int) -> str:
 
 
 def largest_difference(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Of one metric between two runs, over all steps."""
+    """Return the largest difference of one metric between two runs, over all steps."""
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True))
 
 
 def draw_two_runs(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]]], names=tuple(LABELS)) -> str:
-    """The metrics of two runs over each other, the first as a line, the second as circles; says how far they differ."""
+    """Draw the metrics of two runs, the first as a line, the second as circles; state how far they differ."""
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.17, top=0.95, wspace=0.32)
     (first, line), (second, circles) = runs.items()
     lines = []
@@ -202,9 +202,9 @@ def draw_two_runs(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]]
 
 
 def metrics_table(history: Sequence[Mapping[str, float]]) -> str:
-    """Every metric of a run with its meaning, taken from `grpo_lab.training.metrics.METRICS`, as a Markdown table.
+    """Return every metric of a run with its meaning, from `grpo_lab.training.metrics.METRICS`, as a Markdown table.
 
-    Raises: KeyError for a metric that nobody has explained.
+    Raises: KeyError for a metric without an explanation.
     """
     first, last = history[0], history[-1]
     lines = [f"| metric | what it is | step {first['step']} | step {last['step']} |", "|:--|:--|--:|--:|"]

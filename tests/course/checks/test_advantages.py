@@ -55,15 +55,15 @@ def group_advantages(rewards):
         "rewards.mean(dim=1, keepdim=True)": {
             "rewards.mean()": "your mean is that of all rewards",
             "rewards.median(dim=1, keepdim=True).values": "",
-            "rewards.mean(1)": "your mean or std has lost its column",
+            "rewards.mean(1)": "your mean or std has lost a dimension",
         },
         "mean = rewards.mean(dim=1, keepdim=True)\n    std = rewards.std(dim=1, keepdim=True)": {
             "mean = rewards.mean(0)\n    std = rewards.std(0)": "you average over the prompts",
-            "mean = rewards.mean(1)\n    std = rewards.std(1)": "your mean or std has lost its column",
+            "mean = rewards.mean(1)\n    std = rewards.std(1)": "your mean or std has lost a dimension",
         },
         "(rewards - mean) / (std + 1e-4)": {
-            "rewards - mean / (std + 1e-4)": "a bracket is missing: the mean",
-            "(rewards - mean) / std + 1e-4": "a bracket is missing: std_eps",
+            "rewards - mean / (std + 1e-4)": "a bracket is missing: subtract",
+            "(rewards - mean) / std + 1e-4": "a bracket is missing: add std_eps",
         },
         "rewards.mean(dim=1, keepdim=True)\n    std = rewards.std(dim=1, keepdim=True)": {
             "rewards.mean()\n    std = rewards.std()": "your mean and std are those of all rewards",

@@ -76,9 +76,9 @@ def test_settings_are_tried_only_if_the_function_takes_them():
         (
             checks.kl_estimate,
             torch.ones(2),
-            "hand over the function itself, without calling it; this is of type Tensor.",
+            "pass the function itself, without calling it; got Tensor.",
         ),
-        (checks.kl_estimate, None, "hand over the function itself, without calling it; this is of type NoneType."),
+        (checks.kl_estimate, None, "pass the function itself, without calling it; got NoneType."),
         (checks.kl_estimate, len, "your function raises TypeError: "),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_stub_is_not_written_yet(name):
 def test_a_function_that_is_half_written():
     verdict = checks.aggregate(lambda values, mask: values.mean() if len(values) < 2 else None)
     assert verdict.state == "not yet"
-    assert verdict.message.startswith("nothing comes back here. What must hold: of two full rows")
+    assert verdict.message.startswith("your function returns nothing here. What must hold: two full rows")
     assert verdict.compared == {"expected": "3.75"}
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_finite_is_named():
     def unsafe(values, mask):
         return values[mask].mean() if len(mask) > 1 else values.mean() * math.inf
 
-    assert checks.aggregate(unsafe).message.startswith("your answer is not finite. What must hold: of one full row")
+    assert checks.aggregate(unsafe).message.startswith("your answer is not finite. What must hold: one full row")
 
 
 def test_the_learners_surroundings_do_not_matter_and_are_left_alone(capsys):

@@ -49,7 +49,7 @@ def kl_estimate(logprobs, ref_logprobs, mask):
             "log_ratio.abs()": "",
             "torch.exp(log_ratio) + log_ratio - 1": "the linear term of your KL has",
             "torch.exp(log_ratio) - 1": "the linear term of your KL is missing",
-            "torch.exp(log_ratio) - log_ratio": "your KL lacks its -1",
+            "torch.exp(log_ratio) - log_ratio": "your KL lacks the -1",
             "1 + log_ratio - torch.exp(log_ratio)": "your KL has its sign flipped",
         },
         "k3 = ": {

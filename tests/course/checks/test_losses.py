@@ -56,7 +56,7 @@ def clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_range=0.2):
         "torch.min(ratio * A, clipped * A)": {
             "torch.min(ratio, clipped) * A": "your clip is inverted where the advantage is negative.",
             "ratio * A": "you do not clip",
-            "clipped * A": "you clip even where the policy must come back",
+            "clipped * A": "you clip even where the policy has moved the wrong way",
         },
         "torch.min(": {
             "torch.max(": "you take the larger of the two",
@@ -69,12 +69,12 @@ def clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_range=0.2):
             "1 / (1 + clip_range), 1 + clip_range": "",
         },
         "logprobs - old_logprobs": {
-            "old_logprobs - logprobs": "your ratio is upside down",
+            "old_logprobs - logprobs": "your ratio is inverted",
         },
         "torch.exp(log_ratio)": {
             "torch.where(mask, logprobs / old_logprobs, 1.0)": "you divide logarithms: subtract, then exp",
             "(log_ratio.sum(1, True) / mask.sum(1, True)).exp()": "you take one ratio for the whole row: that is GSPO",
-            "log_ratio": "your ratio lacks its exp",
+            "log_ratio": "your ratio lacks the exp",
             "torch.exp(log_ratio).detach()": "the value is right, but no gradient",
             "torch.exp(log_ratio.detach()) * (1 + 2 * (logprobs - logprobs.detach()))": "",
         },
@@ -219,7 +219,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=None, kl_co
             "(": "you ignore kl_coef",
         },
         "ref_logprobs - logprobs": {
-            "old_logprobs - logprobs": "your KL is that to the old policy",
+            "old_logprobs - logprobs": "your KL compares with the old policy, not with the reference",
             "logprobs - ref_logprobs": "your KL is upside down: swap",
             "logprobs.detach() - ref_logprobs": "your KL is upside down and without gradient",
         },
@@ -234,7 +234,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=None, kl_co
             "gain = ratio * A": "you do not clip",
         },
         "logprobs - old_logprobs": {
-            "old_logprobs - logprobs": "your ratio is upside down",
+            "old_logprobs - logprobs": "your ratio is inverted",
             "logprobs - logprobs.detach()": "your ratio is always 1: it must compare with old_logprobs",
         },
         "ratio = log_ratio.exp()": {

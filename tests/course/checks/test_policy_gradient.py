@@ -32,7 +32,7 @@ def baseline(rewards):
     mutants = {
         "(total - rewards) / (K - 1)": {
             "rewards - (total - rewards) / (K - 1)": "you return the advantages",
-            "rewards.mean(1, keepdim=True).expand_as(rewards)": "your mean holds the very reward",
+            "rewards.mean(1, keepdim=True).expand_as(rewards)": "your mean includes the completion's own",
             "rewards.mean().expand_as(rewards)": "your mean is that of all rewards",
             "rewards.mean(0).expand_as(rewards)": "you average over the prompts",
             "rewards.mean(0)": "your answer has the shape [2], expected [2, 2]",
@@ -43,7 +43,7 @@ def baseline(rewards):
             "rewards": "you return the rewards",
         },
         "rewards.sum(dim=1, keepdim=True)": {
-            "rewards.sum(dim=1)": "your sum has lost its column",
+            "rewards.sum(dim=1)": "your sum has lost a dimension",
             "rewards.sum(dim=0, keepdim=True)": "",
             "rewards.sum()": "",
         },
@@ -78,7 +78,7 @@ def reinforce_loss(logprobs, rewards):
         },
         "(rewards - others)": {
             "rewards": "you leave the baseline out",
-            "others": "you weigh by the baseline",
+            "others": "you multiply by the baseline",
             "(rewards - rewards.mean(1, keepdim=True))": "your baseline is the group's mean",
             "(rewards - rewards.mean())": "your baseline is the mean of all",
         },
@@ -90,6 +90,6 @@ def reinforce_loss(logprobs, rewards):
             ".sum()": "you add up",
         },
         "((rewards - others) * logprobs)": {
-            "(rewards * logprobs - others)": "you take the baseline from the product",
+            "(rewards * logprobs - others)": "you subtract the baseline from the product",
         },
     }

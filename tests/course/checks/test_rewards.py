@@ -120,6 +120,6 @@ def test_an_error_with_a_known_cause_is_explained_and_shown():
         return rewards.countdown(prompts, completions)
 
     verdict = checks.reward(unpacks)
-    assert verdict.message == "evaluate_expression returns None, and no pair, for what is no expression."
+    assert verdict.message == "evaluate_expression returns None, not a pair, if the text is not an expression."
     assert verdict.compared["got"] == "raises TypeError: cannot unpack non-iterable NoneType object"
-    assert checks.reward(indexes).message == "evaluate_expression returns None for what is no expression."
+    assert checks.reward(indexes).message == "evaluate_expression returns None if the text is not an expression."

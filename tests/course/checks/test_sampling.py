@@ -55,7 +55,7 @@ def completion_mask(tokens, end_ids):
             "return (before == 0).long()": "your answer has the type torch.int64, expected torch.bool",
         },
         "before == 0": {
-            "before > 0": "your mask is upside down",
+            "before > 0": "your mask is inverted",
             "before >= 0": "you let everything count",
             "before <= 1": "",
             "(before == 0) | is_end": "you let padding count",

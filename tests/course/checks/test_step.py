@@ -76,13 +76,13 @@ def training_step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_log
         },
         "    optimizer.zero_grad()\n": {
             "": "the gradients of an earlier step are still there",
-            "    model.zero_grad()\n": "your function raises AttributeError: model is only a function here; empty the",
+            "    model.zero_grad()\n": "your function raises AttributeError: model is only a function here; clear the",
         },
         "    loss.backward()\n    optimizer.step()\n": {
             "    loss.backward()\n    optimizer.zero_grad()\n    optimizer.step()\n": "the weights do not move",
         },
         "loss = -": {
-            "loss = ": "your sign is flipped: the optimizer walks down",
+            "loss = ": "your sign is flipped: the optimizer lowers the loss",
         },
         "A = A.flatten()": {
             "A = A.T.flatten()": "your advantages are in another order",
@@ -98,13 +98,13 @@ def training_step(model, optimizer, tokens, mask, rewards, old_logprobs, ref_log
         "(logprobs - old_logprobs)": {
             "(logprobs - logprobs)": "the weights do not move",
             "(logprobs - logprobs.detach())": "your ratio is always 1",
-            "(old_logprobs - logprobs)": "your ratio is upside down",
+            "(old_logprobs - logprobs)": "your ratio is inverted",
         },
         ".log_softmax(-1)": {
             ".softmax(-1)": "you score with probabilities, not with their logarithms",
         },
         "if kl_coef": {
-            "if False": "your step drops the KL: hand ref_logprobs and kl_coef on to grpo_loss",
+            "if False": "your step drops the KL: pass ref_logprobs and kl_coef to grpo_loss",
         },
         "torch.min(": {
             "torch.max(": "you take the larger",
