@@ -57,7 +57,7 @@ def to_trl(config: GRPOConfig, **changes: Any):
     try:
         import trl
     except ImportError as error:
-        raise ImportError("to_trl needs the package trl: pip install -c constraints.txt trl.") from error
+        raise ImportError("to_trl needs the package trl: pip install trl.") from error
     if refused := list(_refused(config)):
         raise ValueError("TRL's GRPOTrainer does not support these settings.\n- " + "\n- ".join(refused))
     device = resolve_device(config.device)

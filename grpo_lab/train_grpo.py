@@ -1,10 +1,10 @@
-"""`python grpo_lab/train_grpo.py …` and `python -m grpo_lab.train_grpo …` are `grpo-lab train …`."""
+"""Run `grpo-lab train` as `python -m grpo_lab.train_grpo` or `python grpo_lab/train_grpo.py`."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a file, Python looks for imports in this folder, where it would find our modules by bare names.
+    # When this file is run by its path, Python puts its folder first in sys.path; imports need the folder above.
     here = Path(__file__).resolve().parent
     if sys.path and Path(sys.path[0]).resolve() == here:
         sys.path[0] = str(here.parent)

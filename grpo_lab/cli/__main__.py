@@ -1,4 +1,4 @@
-"""`python -m grpo_lab.cli ...` is `grpo-lab ...`."""
+"""Run `grpo-lab` as `python -m grpo_lab.cli`."""
 
 import sys
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from grpo_lab import __version__
-from grpo_lab.cli import doctor, plan, plot, pretrain, train
+from grpo_lab.cli import course, doctor, plan, plot, pretrain, train
 
-COMMANDS = (train, plan, pretrain, plot, doctor)
+COMMANDS = (train, plan, pretrain, plot, doctor, course)
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ArithmeticError)
 
 
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _refuse_empty(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         if value == "" or (isinstance(value, list) and "" in value):
-            flag = {"runs": "RUN"}.get(name, "--" + name.replace("_", "-"))
+            flag = {"runs": "RUN", "folder": "FOLDER"}.get(name, "--" + name.replace("_", "-"))
             raise ValueError(f"{flag} is empty. Is a variable of the shell not set?")
 
 

@@ -401,10 +401,11 @@ def test_plot_says_when_a_run_has_nothing_that_is_drawn_by_default(plot):
     assert "none of reward, kl, entropy, completions/mean_length is in these runs. --metrics takes loss." in complaint
 
 
-@pytest.mark.parametrize("command", ["plan", "plot", "doctor"])
+@pytest.mark.parametrize("command", ["plan", "plot", "doctor", "course"])
 def test_the_other_commands_explain_themselves_and_show_a_traceback_if_asked(command, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert f"    {command} " in capsys.readouterr().out
+    empty = {"plot": ["x", "--output", ""], "course": [""]}.get(command, ["--output-dir", ""])
     with pytest.raises(ValueError, match="empty"):
-        cli.main([command, *(["x", "--output", ""] if command == "plot" else ["--output-dir", ""]), "--debug"])
+        cli.main([command, *empty, "--debug"])

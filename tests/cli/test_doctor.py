@@ -1,5 +1,6 @@
 """The doctor: each thing that can be wrong with a machine gets its row and its cure, and a sound one gets none."""
 
+import os
 import sys
 import threading
 import time
@@ -78,24 +79,24 @@ def test_the_versions_of_this_installation_are_said_and_are_those_asked_for(monk
     assert f"Python {sys.version.split()[0]}, grpo-lab {metadata.version('grpo-lab')}, torch " in row.words
 
 
-@pytest.mark.parametrize("name", doctor.COSTS)
+@pytest.mark.parametrize("name", doctor.OPTIONAL)
 def test_a_missing_package_that_costs_a_feature_says_which(monkeypatch, name):
     versions(monkeypatch, **{name: None})
     row = rows_of(doctor.packages)[name]
-    assert (row.state, row.words) == ("note", f"not installed: {doctor.COSTS[name]}")
-    assert row.cure.startswith(f"pip install -c constraints.txt '{name}>=")
+    assert (row.state, row.words) == ("note", f"not installed: {doctor.OPTIONAL[name]}")
+    assert row.cure.startswith(f"pip install '{name}>=")
 
 
 def test_a_missing_package_that_everything_needs_is_a_problem(monkeypatch):
     versions(monkeypatch, accelerate=None)
     row = rows_of(doctor.packages)["accelerate"]
-    assert (row.state, row.cure) == ("problem", "pip install -c constraints.txt 'accelerate>=1.10'")
+    assert (row.state, row.cure) == ("problem", "pip install 'accelerate>=1.10'")
 
 
 def test_an_older_version_than_asked_for_is_noted(monkeypatch):
     versions(monkeypatch, torch="2.4.1+cu121")
     row = rows_of(doctor.packages)["torch"]
-    assert (row.state, row.words) == ("note", "2.4.1+cu121 was never tried; asked for is >=2.11")
+    assert (row.state, row.words) == ("note", "2.4.1+cu121 is not tested; grpo-lab needs >=2.11")
     assert "torch>=2.11" in row.cure
 
 
@@ -109,7 +110,30 @@ def test_a_package_used_from_its_folder_is_noted(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", not_installed)
-    assert "pip install -c constraints.txt -e ." in only(doctor.packages).cure
+    assert only(doctor.packages).cure == f"grpo-lab is not installed: pip install '{Path(doctor.__file__).parents[2]}'"
+
+
+@pytest.mark.parametrize(
+    ("torchao", "state"), [("0.10.0", "note"), ("0.15.0+cpu", "note"), ("0.16.0", "ok"), ("0.17.0", "ok")]
+)
+def test_a_torchao_that_peft_refuses_is_noted(monkeypatch, torchao, state):
+    versions(monkeypatch, torchao=torchao, peft="0.20.0")
+    row = only(doctor.torchao)
+    assert row.state == state
+    assert row.words.startswith(torchao)
+    assert row.cure == ("pip uninstall -y torchao" if state == "note" else "")
+
+
+@pytest.mark.parametrize("missing", ["torchao", "peft"])
+def test_torchao_matters_only_beside_peft(monkeypatch, missing):
+    versions(monkeypatch, **{"torchao": "0.10.0", "peft": "0.20.0", missing: None})
+    assert list(doctor.torchao()) == []
+
+
+def test_no_cure_needs_a_checkout():
+    package = Path(doctor.__file__).parents[1]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (package / "cli").glob("*.py")}
+    assert not [name for name, text in texts.items() if "constraints.txt" in text or "install -e" in text]
 
 
 # --- the device -----------------------------------------------------------------------------------------------
@@ -194,7 +218,7 @@ def test_a_gpu_that_cannot_compute_is_a_problem(monkeypatch):
     row = only(doctor.device)
     assert row.state == "problem"
     assert "no kernel image is available" in row.words
-    assert "a PyTorch built for this device" in row.cure
+    assert "a PyTorch built for this GPU" in row.cure
 
 
 def test_a_gpu_that_others_fill_is_noted(monkeypatch):
@@ -215,7 +239,7 @@ def limit(folder, name, value, stat):
 
 @pytest.mark.parametrize(
     ("free", "state", "cure"),
-    [(8 * GB, "ok", ""), (1.5 * GB, "note", "for the pocket model, not a large one"), (0.2 * GB, "problem", "0.5 GB")],
+    [(8 * GB, "ok", ""), (1.5 * GB, "note", "enough for the pocket model only"), (0.2 * GB, "problem", "0.5 GB")],
 )
 def test_little_free_memory_is_said_by_what_still_fits(monkeypatch, free, state, cure):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GB, available=free))
@@ -261,7 +285,7 @@ def test_threads_follow_the_quota_and_do_not_spin(monkeypatch, used, policy, sta
     row = only(doctor.threads)
     assert row.state == state
     assert cure in row.cure
-    assert f"4 ours; PyTorch's threads: {used}" in row.words
+    assert f"4 of {os.cpu_count()} cores available; PyTorch's threads: {used}" in row.words
 
 
 @pytest.mark.parametrize(("free", "state"), [(50 * GB, "ok"), (2 * GB, "note"), (0.05 * GB, "problem")])
@@ -278,7 +302,7 @@ def test_a_file_in_the_way_of_the_output_folder_is_a_problem(tmp_path):
     row = only(doctor.disk, tmp_path / "file" / "out")
     assert row.state == "problem"
     assert "cannot write to" in row.words
-    assert row.cure == "--output-dir FOLDER names another."
+    assert row.cure == "Choose another: --output-dir FOLDER."
 
 
 @pytest.fixture
@@ -351,9 +375,9 @@ def test_widgets_that_fit_are_sound():
 @pytest.mark.parametrize(
     ("changed", "words", "cure"),
     [
-        ({"ipywidgets": None}, "ipywidgets is not installed", "-e '.[lab]', then restart JupyterLab"),
-        ({"jupyterlab_widgets": None}, "its part for the browser, is not installed", "-e '.[lab]'"),
-        ({"jupyterlab_widgets": "1.1.7"}, "they do not fit", "pip install 'jupyterlab_widgets~=3"),
+        ({"ipywidgets": None}, "ipywidgets is not installed", "pip install ipywidgets, then restart JupyterLab"),
+        ({"jupyterlab_widgets": None}, "for the browser, found none", "pip install 'jupyterlab_widgets~=3"),
+        ({"jupyterlab_widgets": "1.1.7"}, "for the browser, found 1.1.7", "pip install 'jupyterlab_widgets~=3"),
     ],
 )
 def test_widgets_that_do_not_fit_are_noted(monkeypatch, changed, words, cure):
@@ -383,7 +407,7 @@ def test_a_pocket_model_without_weights_is_a_problem(monkeypatch, tmp_path):
 def test_what_cannot_be_examined_does_not_hide_the_rest(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: 1 / 0)
     rows = rows_of(doctor.examine, Path("out"))
-    assert rows["memory"].words == "could not be examined (ZeroDivisionError: division by zero)"
+    assert rows["memory"].words == "could not be checked (ZeroDivisionError: division by zero)"
     assert {"versions", "device", "threads", "disk", "cache", "hub", "widgets", "pocket"} < rows.keys()
 
 
@@ -401,6 +425,6 @@ def test_a_sound_machine_has_status_0_and_a_problem_status_1(capsys, tmp_path, m
     assert cli.main(["doctor", "--output-dir", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert "problem  disk          cannot write to" in captured.out
-    assert " → --output-dir FOLDER names another." in captured.out
+    assert " → Choose another: --output-dir FOLDER." in captured.out
     assert captured.out.endswith("A run would stop: disk.\n")
     assert captured.err == ""

@@ -170,7 +170,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_run_costs_no_step_that_was_saved
 
 FULL = """
 import resource, sys
-from grpo_lab import cli
+from grpo_lab.cli import main as cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 sys.exit(cli.main(["train", "--output-dir", sys.argv[2], "--max-steps", "2", "--save-steps", "1", "--warmup-steps", "0",
                    "--max-train-samples", "8", "--eval-dataset", sys.argv[3]]))
