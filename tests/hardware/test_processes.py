@@ -202,7 +202,7 @@ def test_accelerate_launches_the_command_line_and_one_process_speaks(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom grpo_lab import reward_models\nreward_models.PATIENCE = 0.5\n"
+        "import os, time\nfrom grpo_lab.rewards import reward_models\nreward_models.PATIENCE = 0.5\n"
         "def f(prompts, completions):\n    time.sleep(2 * int(os.environ['RANK']))\n"
         "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
     )
