@@ -2,24 +2,42 @@
 #   make demo   train the embedded model on this machine, within a minute
 #   make test   run every test
 #   make lab    open the notebooks in JupyterLab
+# While you work on the package:
+#   make check  lint, types and the quick tests, within a minute
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test lab lint mutants bench notebooks badges
+# What `make check` runs, all but the tests marked slow: the rooms below tasks, without whole runs and child processes.
+QUICK := grpo_lab tests/test_house.py tests/algorithm tests/hardware tests/models tests/rollout tests/rewards \
+	tests/training/test_batches.py tests/training/test_checkpoints.py tests/training/test_config.py \
+	tests/training/test_metrics.py --ignore=tests/rollout/test_vllm.py
+
+.PHONY: demo test check lab lint types check-installs mutants bench notebooks badges
 
 demo: .venv/demo
 	$(BIN)/grpo-lab train --output-dir demo_output --overwrite-output-dir
 
-test: .venv/test lint
+test: .venv/test lint types
 	$(BIN)/pytest -n 2 --dist loadscope
 	$(BIN)/pytest -n 2 --dist loadscope --nbval --nbval-current-env --nbval-cell-timeout=300 -W default notebooks
+
+# the inner loop: 1,600 tests, some 80 s of processor time in two processes; mypy keeps a cache
+check: .venv/test lint types
+	$(BIN)/pytest -q -n 2 --dist loadscope -m "not slow" $(QUICK)
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/test
+	$(BIN)/mypy
+
+# the package as users install it, in fresh environments: Linux, some minutes
+check-installs: .venv/test
+	$(BIN)/python .ci/check_installs.py $(PIP_FLAGS)
 
 # some twenty minutes, Linux only: every mutant that two tools make of the mathematics and the rewards
 mutants: .venv/test .venv/mutants

@@ -1,6 +1,7 @@
 """Small models that every test can afford, and one thread: two on a busy core are many times slower."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -19,6 +20,20 @@ from grpo_lab.cli import main as cli
 from grpo_lab.tasks.pocket.make import make_tokenizer
 
 torch.set_num_threads(1)
+
+# A shell starts its background jobs with SIGINT ignored, and child processes inherit that: the tests of Ctrl-C
+# would wait for an interrupt that never comes. A handler of our own is not inherited: children get the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SLOW_LIMIT = 1200  # seconds for a test marked `slow`; pyproject.toml has the limit of all others
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests marked `slow` more time before pytest-timeout stops them."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
 
 
 def tiny_model(seed: int = 0, **changes) -> Qwen2ForCausalLM:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from grpo_lab.tasks.pocket.make import make_tokenizer
 from grpo_lab.training import output_dir, step
 
 ROOT = Path(__file__).parents[2]
+WAIT = 120  # seconds that a test waits for a child process
 
 
 def ask(reward, **settings):
@@ -170,10 +172,10 @@ def test_a_disk_that_refuses_in_the_middle_of_a_run_costs_no_step_that_was_saved
 
 FULL = """
 import resource, sys
-from grpo_lab.cli import main as cli
+from grpo_lab.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-sys.exit(cli.main(["train", "--output-dir", sys.argv[2], "--max-steps", "2", "--save-steps", "1", "--warmup-steps", "0",
-                   "--max-train-samples", "8", "--eval-dataset", sys.argv[3]]))
+sys.exit(main(["train", "--output-dir", sys.argv[2], "--max-steps", "2", "--save-steps", "1", "--warmup-steps", "0",
+               "--max-train-samples", "8", "--eval-dataset", sys.argv[3]]))
 """
 
 
@@ -184,7 +186,7 @@ def test_a_disk_that_is_really_full_gets_one_sentence(tmp_path, size):
     (tmp_path / "eval.txt").write_text("2,3,4:9=\n")
     result = subprocess.run(
         [sys.executable, "-c", FULL, str(size), str(tmp_path / "out"), str(tmp_path / "eval.txt")],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=WAIT,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -225,15 +227,24 @@ def mine(prompts, completions):
 """
 
 
-def start(folder, *arguments, seconds):
+@contextmanager
+def started(folder, *arguments, seconds):
+    """A run in a process of its own, which ends with the block at the latest, and after `WAIT` seconds."""
     (folder / "prompts.txt").write_text("1+1=\n2+2=\n")
     (folder / "mine.py").write_text(REWARD.replace("SECONDS", seconds))
     command = [sys.executable, "-m", "grpo_lab.cli", "train", "--reward", "mine.py:mine", "--dataset", "prompts.txt"]
     command += ["--max-steps", "3", "--warmup-steps", "0", "--output-dir", "out", *arguments]
-    return subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        limit = threading.Timer(WAIT, process.kill)  # ends a wait for its output, too
+        limit.start()
+        try:
+            yield process
+        finally:
+            limit.cancel()
+            process.kill()
 
 
 def interrupt_in_step_1(process, folder):
@@ -251,10 +262,10 @@ no_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT fo
 @no_signals
 @pytest.mark.parametrize("arguments", [[], ["--reward-timeout", "600"]], ids=["no timeout", "timeout"])
 def test_the_second_ctrl_c_ends_a_run_whose_reward_function_hangs(tmp_path, arguments):
-    process = start(tmp_path, *arguments, seconds="600")
-    interrupt_in_step_1(process, tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=120)
+    with started(tmp_path, *arguments, seconds="600") as process:
+        interrupt_in_step_1(process, tmp_path)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate()
     assert process.returncode == 130, complaint
     assert "Traceback" not in complaint
 
@@ -262,12 +273,12 @@ def test_the_second_ctrl_c_ends_a_run_whose_reward_function_hangs(tmp_path, argu
 @pytest.mark.slow
 @no_signals
 def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path, seconds="1")
-    interrupt_in_step_1(process, tmp_path)
-    _, complaint = process.communicate(timeout=120)
+    with started(tmp_path, seconds="1") as process:
+        interrupt_in_step_1(process, tmp_path)
+        _, complaint = process.communicate()
     assert process.returncode == 130, complaint
     assert "checkpoint-1. Go on with the same command and --resume" in complaint.splitlines()[-1]
-    again = start(tmp_path, "--resume", seconds="0")
-    _, complaint = again.communicate(timeout=120)
+    with started(tmp_path, "--resume", seconds="0") as again:
+        _, complaint = again.communicate()
     assert again.returncode == 0, complaint
     assert (tmp_path / "out/final_model/model.safetensors").exists()

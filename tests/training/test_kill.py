@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+WAIT = 120  # seconds that a test waits for one run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
@@ -18,7 +19,7 @@ import torch
 from pathlib import Path
 sys.path[:0] = ["benchmarks"]
 import kill
-from grpo_lab import checkpoints
+from grpo_lab.training.output_dir import all_checkpoints
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -37,14 +38,14 @@ def counting(name):
 os.fsync, os.replace = counting("fsync"), counting("replace")  # every step of every write goes through one of them
 folder = Path(sys.argv[1])
 settings = {"num_iterations": 2, "batch_size": 4, "kl_coef": 0.05}
-kill.make_trainer(folder, settings).train(resume=bool(checkpoints.all_checkpoints(folder)))
+kill.make_trainer(folder, settings).train(resume=bool(all_checkpoints(folder)))
 print(*kill.result(folder).values())
 """
 
 
 def run(folder, kill_at=0):
     command = [sys.executable, "-c", RUN, str(folder), str(kill_at)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
 
 
 @pytest.mark.slow
@@ -63,7 +64,8 @@ def test_a_run_killed_inside_its_saves_ends_with_the_same_bits(tmp_path):
 @pytest.mark.slow
 def test_the_random_killer_finds_nothing_lost():
     result = subprocess.run(
-        [sys.executable, "benchmarks/kill.py", "--kills", "8"], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "benchmarks/kill.py", "--kills", "8"],
+        cwd=ROOT, capture_output=True, text=True, timeout=8 * WAIT,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "8 kills survived"
