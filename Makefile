@@ -37,9 +37,9 @@ bench: .venv/test
 notebooks: .venv/test
 	$(BIN)/python notebooks/solutions/make.py
 
-# make badges REPO=owner/name: every badge and install line leads there
+# make badges REPO=owner/name: badges and install lines for this repository on GitHub; REPO= removes them
 badges: .venv/test
-	$(BIN)/python notebooks/solutions/make.py --badges $(REPO)
+	$(BIN)/python notebooks/solutions/make.py --badges "$(REPO)"
 
 lab: .venv/lab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
