@@ -1,12 +1,13 @@
-"""Make the learner's notebooks from the solved ones, with their outputs.
+"""Run the solved notebooks, and make the learner's from them.
 
     python notebooks/solutions/make.py           all of them
     python notebooks/solutions/make.py 04 05     these
     python notebooks/solutions/make.py --badges owner/name      set the address of the repository on GitHub
 
-NN_name.ipynb in this folder is what one edits. It is run from top to bottom; then everything between
-`### BEGIN SOLUTION` and `### END SOLUTION` is cut out, and what is left is run as well and becomes the
-one in the folder above. Both keep their outputs and nothing that differs from machine to machine.
+NN_name.ipynb in this folder is what one edits. It is run from top to bottom and keeps its outputs, without what
+differs from machine to machine. The one in the folder above is the same without outputs, and without what stands
+between `### BEGIN SOLUTION` and `### END SOLUTION` or `### BEGIN HIDDEN TESTS` and `### END HIDDEN TESTS`. These marks
+and the cells' metadata are nbgrader's: `nbgrader generate_assignment` takes the solved notebooks as they are.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from nbclient.exceptions import CellExecutionError
 SOLVED = Path(__file__).parent
 FOLDER = SOLVED.parent
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION[ \t]*$", re.MULTILINE | re.DOTALL)
+HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n.*?^### END HIDDEN TESTS\n", re.MULTILINE | re.DOTALL)
 
 OLD_BADGES = re.compile(r"(?:^\[!\[(?:Binder|Colab)\].*\n)+\n", re.MULTILINE)
 BADGES = """\
@@ -54,11 +56,12 @@ if "google.colab" in sys.modules:  # elsewhere the package is installed already
 
 
 def for_learners(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without its solutions; cells that were one are left to be written."""
+    """Return the notebook without solutions, without the tests that only graders run, and without outputs."""
     notebook = nbformat.from_dict(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.source = SOLUTION.sub(r"\1...  # your code here", cell.source)
+            cell.source = HIDDEN.sub("", SOLUTION.sub(r"\1...  # your code here", cell.source))
+            cell.outputs, cell.execution_count = [], None
     return notebook
 
 
@@ -77,10 +80,10 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def make(path: Path) -> None:
-    """Run a solved notebook, and make the learner's from it."""
+    """Run a solved notebook, and write the learner's."""
     solved = run(nbformat.read(path, 4))
     nbformat.write(solved, path)
-    nbformat.write(run(for_learners(solved)), FOLDER / path.name)
+    nbformat.write(for_learners(solved), FOLDER / path.name)
 
 
 def with_badges(text: str, repository: str, name: str = "00_start_here.ipynb") -> str:

@@ -27,6 +27,7 @@ sys.path.append(str(FOLDER / "solutions"))
 import make  # noqa: E402
 
 each = pytest.mark.parametrize("path", LEARNERS, ids=lambda path: path.stem)
+solved = pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
 either = pytest.mark.parametrize("path", [*LEARNERS, *SOLVED], ids=lambda path: str(path.relative_to(FOLDER)))
 
 
@@ -39,7 +40,7 @@ def test_there_are_twelve_in_order_and_each_has_its_solution():
     assert [path.name for path in LEARNERS] == [path.name for path in SOLVED]
 
 
-@either
+@solved
 def test_it_was_run_from_top_to_bottom_and_nothing_complained(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
@@ -49,6 +50,15 @@ def test_it_was_run_from_top_to_bottom_and_nothing_complained(path):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text
     assert notebook.metadata.kernelspec.name == "python3"
+
+
+@each
+def test_the_learners_notebook_holds_no_outputs_and_so_no_answers(path):
+    nbformat.validate(nbformat.read(path, 4))
+    assert path.stat().st_size < 100_000
+    for cell in code_cells(path):
+        assert cell.outputs == []
+        assert cell.execution_count is None
 
 
 @either
@@ -61,7 +71,7 @@ def test_what_is_saved_is_small_and_the_same_on_every_machine(path):
     assert not re.search(r"/home/|/root/|/Users/|/tmp/", "".join(re.findall(r'"text(?:/plain)?": \[[^\]]*\]', text)))
 
 
-@either
+@solved
 def test_there_is_a_picture_and_the_last_output_shows_something(path):
     outputs = [output for cell in code_cells(path) for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
@@ -70,33 +80,60 @@ def test_there_is_a_picture_and_the_last_output_shows_something(path):
 
 @each
 def test_the_learners_notebook_is_the_solved_one_without_its_solutions(path):
-    solved = nbformat.read(FOLDER / "solutions" / path.name, 4)
-    assert [cell.source for cell in nbformat.read(path, 4).cells] == [
-        cell.source for cell in make.for_learners(solved).cells
-    ]
+    assert nbformat.read(path, 4) == make.for_learners(nbformat.read(FOLDER / "solutions" / path.name, 4))
 
 
 @each
 def test_no_solution_is_left_for_the_learner_to_see(path):
     text = path.read_text(encoding="utf-8")
     assert "SOLUTION" not in text
+    assert "HIDDEN" not in text
     solved = (FOLDER / "solutions" / path.name).read_text(encoding="utf-8")
     for body in re.findall(r"### BEGIN SOLUTION\\n(.*?)### END SOLUTION", solved, re.DOTALL):
         lines = [line for line in re.findall(r'"\s*(.*?)(?:\\n)?",?$', body, re.MULTILINE) if len(line) > 30]
         assert not [line for line in lines if line in text]
 
 
-@each
-def test_exercises_are_to_do_for_the_learner_and_right_in_the_solution(path):
-    def verdicts(where):
-        texts = [o.get("data", {}).get("text/plain", "") for cell in code_cells(where) for o in cell.outputs]
-        return [re.match(r"\[(.+?)\]", text)[1] for text in texts if re.match(r"\[(ok|to do|not yet)\]", text)]
+def exercises(path):
+    """The cells of each exercise, as nbgrader's metadata say: the one to write, and the one that judges it."""
+    cells = [cell for cell in code_cells(path) if "nbgrader" in cell.metadata]
+    return list(zip(cells[::2], cells[1::2], strict=True))
 
-    assert set(verdicts(path)) <= {"to do"}
-    assert set(verdicts(FOLDER / "solutions" / path.name)) <= {"ok"}
-    assert len(verdicts(path)) == len(verdicts(FOLDER / "solutions" / path.name))
-    if path.name[:2] != "00":
-        assert verdicts(path)
+
+@solved
+def test_each_exercise_is_a_cell_for_the_learner_and_a_locked_one_with_points_after_it(path):
+    assert bool(exercises(path)) == (path.stem != "00_start_here")
+    ids = []
+    for write, judge in exercises(path):
+        written, judged = write.metadata.nbgrader, judge.metadata.nbgrader
+        assert (written.solution, written.grade, written.locked) == (True, False, False)
+        assert (judged.solution, judged.grade, judged.locked, judged.points) == (False, True, True, 1)
+        assert write.source.rstrip().endswith("### END SOLUTION")
+        assert re.search(r"### BEGIN HIDDEN TESTS\nassert .+\n### END HIDDEN TESTS\n.+", judge.source)
+        assert written.schema_version == judged.schema_version == 3
+        ids += [written.grade_id, judged.grade_id]
+    assert len(set(ids)) == len(ids)
+    assert sum("SOLUTION" in cell.source for cell in code_cells(path)) == len(exercises(path))
+
+
+@solved
+def test_the_saved_verdicts_are_ok(path):
+    for _, judge in exercises(path):
+        ((kind, text),) = [(o.output_type, o.get("text") or o.data["text/plain"]) for o in judge.outputs]
+        assert text.startswith("[ok] " if kind == "execute_result" else "right"), text
+
+
+@each
+def test_an_exercise_that_is_not_written_is_to_do_and_stops_nothing(path):
+    imports, names = code_cells(path)[1].source, {}
+    exec(imports, names)
+    for write, judge in exercises(path):
+        exec(write.source, names)
+        exec(judge.source, names)
+        if "verdict" in judge.source:
+            assert repr(names["verdict"]).startswith("[to do] ")
+        else:
+            assert names["differ"]
 
 
 @each
@@ -130,13 +167,15 @@ def test_nothing_is_shown_that_nbval_cannot_compare(path):
 
 
 def test_a_stub_is_what_is_left_of_a_solution():
-    source = (
-        "def f(x):\n    '''Doc.'''\n    ### BEGIN SOLUTION\n    y = x\n    return y\n    ### END SOLUTION\n\n\nf(1)"
-    )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    (cell,) = make.for_learners(notebook).cells
-    assert cell.source == "def f(x):\n    '''Doc.'''\n    ...  # your code here\n\n\nf(1)"
-    ast.parse(cell.source)
+    solution = "def f(x):\n    '''Doc.'''\n    ### BEGIN SOLUTION\n    y = x\n    return y\n    ### END SOLUTION"
+    judge = "verdict = f(1)\n### BEGIN HIDDEN TESTS\nassert verdict\n### END HIDDEN TESTS\nverdict"
+    cells = [nbformat.v4.new_code_cell(source, execution_count=1) for source in (solution, judge)]
+    cells[1].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "1"}, execution_count=1)]
+    stub, verdict = make.for_learners(nbformat.v4.new_notebook(cells=cells)).cells
+    assert stub.source == "def f(x):\n    '''Doc.'''\n    ...  # your code here"
+    ast.parse(stub.source)
+    assert verdict.source == "verdict = f(1)\nverdict"
+    assert verdict.outputs == []
 
 
 @either
