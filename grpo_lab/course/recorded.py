@@ -28,10 +28,11 @@ def recorded_runs(name: str, folder: str | Path | None = None) -> list[RecordedR
 
     Args:
         name: the name of a folder in runs/ without its seed, such as "K-4".
-        folder: the folder runs/; None searches the current folder, its parents, and the folder of the package.
+        folder: the folder runs/; None searches the current folder, its parents, beside the package and in it.
     Raises: ValueError if there are none.
     """
-    places = [Path(folder)] if folder else [p / "runs" for p in (*_here_and_above(), Path(__file__).parents[2])]
+    beside, packed = Path(__file__).parents[2], Path(__file__).parent / "data"
+    places = [Path(folder)] if folder else [p / "runs" for p in (*_here_and_above(), beside, packed)]
     found = next((paths for place in places if (paths := list(place.glob(f"{name}-seed*")))), [])
     if not found:
         raise ValueError(f"there is no recorded run {name!r} in {', '.join(map(str, places))}.")
