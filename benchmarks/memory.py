@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py                    every configuration, each in a process of its own
     python benchmarks/memory.py pocket 25M-LoRA    some of them
-    python benchmarks/memory.py --table            planned, for devices and models that are not here: README's table
+    python benchmarks/memory.py --table            planned, for devices and models not here: docs/HARDWARE.md's table
 
 Each process makes a model of random weights, plans, and then runs two steps of the trainer, with prompts of one length
 and completions that never end: the worst that the plan assumes. The pocket model alone is itself, with its own
@@ -179,7 +179,7 @@ def line(name: str, row: dict) -> str:
     )
 
 
-# for README: what is trained, and with which settings; the same step, 8 prompts x 8 completions, in each row
+# for docs/HARDWARE.md: what is trained, and with which settings; the same step, 8 prompts x 8 completions, in each row
 STEP = {"num_generations_per_prompt": 8, "max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 WAYS = {
     "all weights, 2 prompts at a time": {"batch_size": 2, "gradient_accumulation_steps": 4},
