@@ -23,10 +23,7 @@ from grpo_lab.training.evaluation import wilson_interval
 from grpo_lab.training.figures import COLOURS
 from grpo_lab.training.trainer import GRPOTrainer
 
-CUT, PLAIN = (
-    COLOURS["zero_std"],
-    "#767676",
-)  # CUT: tokens and groups without gradient
+CUT, PLAIN = COLOURS["zero_std"], "#767676"  # CUT: tokens and groups without gradient
 MEANS = ("sequence-mean", "token-mean", "constant")
 SHORT, CONSTANT = 4, 64
 """Tokens of the short completion, and the constant of Dr. GRPO's mean, in the picture of the length bias."""

@@ -150,13 +150,13 @@ check_paired_interval = Judge(
     contract="paired_interval(ours[n], theirs[n], t) -> [mean difference, low end, high end]; two tensors; t: Student's"
     " for n seeds",
     reference=lambda ours, theirs, t: _interval(ours, theirs, t),
-    hint="First one difference for each seed; then forget the runs: mean, standard deviation (n - 1), and its error.",
+    hint="First one difference per seed; then the mean of these, their standard deviation (n - 1), and its error.",
     cases=(
         Case("without any spread the interval is a point", [2.0, 3.0, 4.0], [1.0, 2.0, 3.0], t=4.303),
         Case("differences 1, 2, 3: mean 2, std 1", [3.0, 5.0, 7.0], [2.0, 3.0, 4.0], t=4.303),
-        Case("who is lower has a negative difference", [2.0, 3.0, 4.0], [3.0, 5.0, 7.0], t=4.303),
+        Case("if ours are lower, the difference is negative", [2.0, 3.0, 4.0], [3.0, 5.0, 7.0], t=4.303),
         Case("what seeds have in common does not widen the interval", [10.0, 51.0, 92.0], [9.0, 49.0, 89.0], t=4.303),
-        Case("t is handed over: another n, another t", [1.0, 2.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 2.0, 1.0], t=2.776),
+        Case("t is an argument: another n, another t", [1.0, 2.0, 4.0, 4.0, 4.0], [0.0, 0.0, 0.0, 2.0, 1.0], t=2.776),
     ),
     diagnoses={
         "you compare the two groups, not seed by seed": lambda a, b, t: _interval(a, b, t, paired=False),
@@ -170,7 +170,7 @@ check_paired_interval = Judge(
         "you use the variance, not its root, the standard deviation": lambda a, b, t: _interval(a, b, t, power=2),
         "you divide by n, not by its root": lambda a, b, t: _interval(a, b, t, n=len(a) ** 2),
         "you use the normal 1.96: with a few seeds t is larger": lambda a, b, t: _interval(a, b, 1.96),
-        "your difference is the wrong way round: ours minus theirs": lambda a, b, t: _interval(a, b, t, sign=-1),
+        "your difference has the wrong sign: ours minus theirs": lambda a, b, t: _interval(a, b, t, sign=-1),
         "you halve the interval: t · error goes to both sides": lambda a, b, t: _interval(a, b, t, ends=0.5),
         "you return the ends without the mean": lambda a, b, t: _interval(a, b, t)[1:],
     },

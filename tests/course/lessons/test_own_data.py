@@ -38,7 +38,7 @@ def test_the_judge_expects_that_an_empty_completion_makes_a_function_fail():
         return [float(c[0] == str(f)) for c, f in zip(completions, first, strict=True)]
 
     message = own_data.judge(by_first_character).message
-    assert message == "the model may say nothing: an empty completion has no first character."
+    assert message == "an empty completion has no first character."
 
 
 def test_the_judge_sees_a_stub():
