@@ -82,7 +82,7 @@ def differ(folder: str) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is a demonstration
         trainer = run(f"{folder}/judge", {"fsdp": True, "max_steps": 2}, model=model, reward=model)
-    found["judge"] = [trainer.metrics_file.read()[-1]["reward"]]
+    found["judge"] = [trainer.log.metrics.read()[-1]["reward"]]
 
     group = torch.distributed.distributed_c10d._get_default_group()
     found["collective timeout"] = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()]

@@ -25,6 +25,16 @@ class StepRecord:
 
 
 @dataclass
+class UnfinishedStep:
+    """An optimizer step that has changed the weights and is not yet evaluated, logged and saved."""
+
+    record: StepRecord
+    log_begun: bool = False
+    """Whether rows of it may be in the log files."""
+    logged: bool = False
+
+
+@dataclass
 class MicroBatch:
     """Some groups of a batch, as tensors: the rows of one forward and backward pass."""
 

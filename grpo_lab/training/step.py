@@ -3,13 +3,14 @@
     sample_groups          K completions for each prompt                      -> SampledGroups
     score_completions      a reward for each completion                       -> ScoredGroups
     compare_within_groups  an advantage for each completion, from its group   -> Batch
-    update                 one optimizer step on the clipped loss with KL     -> Update
+    update                 one optimizer step on the clipped loss with KL     -> its metrics
 
 Each part takes what the one before returned. With several processes each works on its share of the prompts, whole
 groups; advantages that are scaled by the batch, means and metrics are over all of them.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,13 @@ class ScoredGroups:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one optimizer step measured."""
+class Gradients:
+    """What is known of an update once its gradients are there."""
 
-    metrics: dict[str, float]
     sums: UpdateSums
+    """Over all completions of the batch, of all processes."""
+    tokens: int
+    """Completion tokens of the batch."""
 
 
 def make_batch(c: Components, rows: Sequence[Row], uniforms: Tensor) -> Batch:
@@ -251,12 +254,17 @@ class _Terms:
         return self.terms.loss
 
 
-def update(c: Components, batch: Batch, step: int) -> Update:
-    """Take one optimizer step on the clipped loss with KL to the reference, over all micro-batches of the batch.
+def update(c: Components, batch: Batch, step: int) -> dict[str, float]:
+    """Take one optimizer step on the clipped loss with KL to the reference; return its metrics.
 
     Args:
         step: its number, for messages.
     """
+    return apply_gradients(c, batch, accumulate_gradients(c, batch), step)
+
+
+def accumulate_gradients(c: Components, batch: Batch) -> Gradients:
+    """Add up the gradient of the loss over all micro-batches; the weights stay as they are."""
     total = c.processes.sum
     tokens = int(total(sum(int(part.rollouts.completion_mask.sum()) for part in batch.parts)))
     completions = int(total(sum(len(part.rollouts.ended) for part in batch.parts)))
@@ -285,14 +293,37 @@ def update(c: Components, batch: Batch, step: int) -> Update:
         sums.add(found.terms, found.scores, part, found.weights)
     sums = UpdateSums.merged(c.processes.gather([sums]))
     c.models.trained.eval()  # as from_pretrained gave it
+    if batch.updates == 0:
+        c.sampler.check(sums.difference / tokens)
+    return Gradients(sums, tokens)
 
+
+def apply_gradients(c: Components, batch: Batch, gradients: Gradients, step: int) -> dict[str, float]:
+    """Take the optimizer step with the gradients that have been accumulated; return the metrics of the update."""
     learning_rate = c.engine.scheduler.get_last_lr()[0]
     grad_norm = c.engine.step(step)
     batch.updates += 1
-    if batch.updates == 1:
-        c.sampler.check(sums.difference / tokens)
-    metrics = update_metrics(
-        sums, tokens, grad_norm=grad_norm, learning_rate=learning_rate, first=batch.updates == 1,
+    return update_metrics(
+        gradients.sums, gradients.tokens, grad_norm=grad_norm, learning_rate=learning_rate, first=batch.updates == 1,
         with_kl=batch.parts[0].ref_logprobs is not None,
     )  # fmt: skip
-    return Update(metrics, sums)
+
+
+def check_first_step(c: Components, gradients: Gradients) -> dict[str, float]:
+    """Check before the first update that sampler and scorer see one distribution, and where the reference starts.
+
+    Returns: "ratio", the largest deviation of the importance ratio from 1, and "kl", the largest KL term, in nats.
+    Raises: ArithmeticError if log-probabilities are not finite.
+    """
+    sums = gradients.sums
+    if not math.isfinite(sums.difference + sums.kl):
+        raise ArithmeticError("log-probabilities are not finite: the weights of the model or reference are damaged.")
+    check = {"ratio": math.expm1(min(sums.largest_difference, 80.0)), "kl": sums.largest_kl}
+    allowed = 1e-3 if c.models.precision == "fp32" else 0.5  # half precision rounds by per cents
+    if check["ratio"] > allowed and c.sampler.is_policy:
+        warnings.warn(
+            f"right after sampling the ratio should be 1, but is off by up to {check['ratio']:.2g}: "
+            "this model does not give the same log-probabilities token by token as all at once.",
+            stacklevel=2,
+        )
+    return check

@@ -6,7 +6,6 @@ micro-batches of at least batch_size prompts: more where completions are short. 
 batch, so micro-batches change only memory.
 """
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,20 +18,20 @@ from torch import Tensor, nn
 
 from grpo_lab.hardware.devices import make_accelerator, resolve_device, resolve_precision
 from grpo_lab.hardware.processes import Processes
-from grpo_lab.hardware.signals import interrupt_between_steps
+from grpo_lab.hardware.signals import delayed_interrupts, interrupt_between_steps
 from grpo_lab.models.adapters import is_adapted, merged
 from grpo_lab.rewards.reward_models import RewardModel
 from grpo_lab.rollout.prompts import Prompt, checked_dataset
 from grpo_lab.rollout.sampling import Rollouts
 from grpo_lab.training import checkpoints, output_dir, run_state, step
-from grpo_lab.training.batches import Batch, StepRecord
+from grpo_lab.training.batches import Batch, StepRecord, UnfinishedStep
 from grpo_lab.training.config import GRPOConfig
 from grpo_lab.training.evaluation import evaluate, evaluation_lines, examples, uniforms_for
 from grpo_lab.training.figures import training_figure
 from grpo_lab.training.memory import memory_explained
-from grpo_lab.training.metrics import JsonLines, UpdateSums, mean_metrics
 from grpo_lab.training.order import PromptOrder
 from grpo_lab.training.progress import first_step_text, progress, step_text
+from grpo_lab.training.run_log import RunLog
 from grpo_lab.training.setup import check_enough_prompts, check_settings, make_components, warn_of_warmup
 
 
@@ -89,9 +88,9 @@ class GRPOTrainer:
         self.step = 0
         self.num_tokens = 0
         self.batch: Batch | None = None
+        self.unfinished: UnfinishedStep | None = None
         self.unlogged: list[dict[str, float]] = []
-        self.metrics_file = JsonLines(self.output_dir / "metrics.jsonl")
-        self.completions_file = JsonLines(self.output_dir / "completions.jsonl")
+        self.log = RunLog(self.output_dir, self.accelerator, is_main=self.processes.is_main)
 
     @property
     def model(self) -> nn.Module:
@@ -117,31 +116,36 @@ class GRPOTrainer:
             resume: True goes on from the newest checkpoint in output_dir, a path from that one.
         """
         self._start(resume)
-        while self.step < self.total_steps:
-            began = time.perf_counter()
-            if self.batch is None:
-                self.batch = self._next_batch()
-            metrics = self.update(self.batch)
-            record = self._record(self.batch, metrics, time.perf_counter() - began)
-            if self.batch.updates == self.config.num_iterations:
-                self.batch = None
-            self._after_step(record)
+        while self.step < self.total_steps or self.unfinished:
+            if self.unfinished is None:
+                self._take_step()
+            record = self.unfinished.record
+            self._finish_step(self.unfinished)
             yield record
         if self.processes.is_main:
             final = merged(self.policy) if is_adapted(self.policy) else self.policy
             checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._final_state())
         self.processes.barrier()
-        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
-            tracker.finish()
+        self.log.finish()
 
-    def _next_batch(self) -> Batch:
-        position, random = self.order.state_dict(), run_state.random_state()
+    def _take_step(self) -> None:
+        """Sample a batch if none is in use, and update on it; after an exception everything is as it was before."""
+        began = time.perf_counter()
+        before = self.batch, self.num_tokens, self.order.state_dict(), run_state.random_state()
         try:
-            return self.collect(next(self.order))
+            if self.batch is None:
+                self.batch = self.collect(next(self.order))
+            gradients = step.accumulate_gradients(self.components, self.batch)
+            if self.step == 0:
+                self.first_check = step.check_first_step(self.components, gradients)
+            with delayed_interrupts():  # weights, counters and the batch change together
+                self._count_step(step.apply_gradients(self.components, self.batch, gradients, self.step + 1), began)
         except BaseException as error:
-            error.add_note(f"It happened in step {self.step + 1}.")
-            self.order.load_state_dict(position)  # whoever mends the fault and goes on loses no prompt,
-            run_state.restore_random_state(random)  # and draws what an unbroken run would have drawn
+            if self.unfinished is None:
+                error.add_note(f"It happened in step {self.step + 1}.")
+                self.batch, self.num_tokens = before[:2]
+                self.order.load_state_dict(before[2])
+                run_state.restore_random_state(before[3])
             raise
 
     def collect(self, indices: Sequence[int]) -> Batch:
@@ -155,10 +159,7 @@ class GRPOTrainer:
 
     def update(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step on the batch: clipped loss with KL to the reference, over all its micro-batches."""
-        found = step.update(self.components, batch, self.step + 1)
-        if self.step == 0:
-            self._check_first_update(found.sums)
-        return found.metrics
+        return step.update(self.components, batch, self.step + 1)
 
     def sample(self, prompts: Sequence[Prompt], uniforms: Tensor, num_generations: int, **truncation) -> Rollouts:
         """Draw K completions for each prompt with these uniform numbers [P * K, T]; never with dropout."""
@@ -193,21 +194,6 @@ class GRPOTrainer:
     def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
         return uniforms_for(self.components, rows, purpose, number)
 
-    def _check_first_update(self, sums: UpdateSums) -> None:
-        """Check that sampler and scorer see one distribution, and that the reference starts at the policy."""
-        if not math.isfinite(sums.difference + sums.kl):
-            raise ArithmeticError(
-                "log-probabilities are not finite: the weights of the model or reference are damaged."
-            )
-        self.first_check = {"ratio": math.expm1(min(sums.largest_difference, 80.0)), "kl": sums.largest_kl}
-        allowed = 1e-3 if self.precision == "fp32" else 0.5  # half precision rounds by per cents
-        if self.first_check["ratio"] > allowed and self.components.sampler.is_policy:
-            warnings.warn(
-                f"right after sampling the ratio should be 1, but is off by up to {self.first_check['ratio']:.2g}: "
-                "this model does not give the same log-probabilities token by token as all at once.",
-                stacklevel=2,
-            )
-
     # --- the whole run ---------------------------------------------------------------------------------
 
     def train(self, resume: bool | str | Path | None = None) -> list[dict[str, Any]]:
@@ -241,7 +227,7 @@ class GRPOTrainer:
                 if self.processes.sum(len(interrupted)) and record.step < self.total_steps:
                     self.save(self.output_dir / f"checkpoint-{record.step}")
                     raise KeyboardInterrupt(f"saved {self.output_dir / f'checkpoint-{record.step}'}")
-        history = self.metrics_file.read()
+        history = self.log.metrics.read()
         if self.processes.is_main:
             try:
                 figure = training_figure(history, title=f"GRPO, {self.step} optimizer steps")
@@ -276,11 +262,7 @@ class GRPOTrainer:
                 output_dir.prepare_output(self.output_dir, overwrite=config.overwrite_output_dir)
             set_seed((config.seed + self.processes.rank) % 2**32)  # for dropout, and reward functions that draw
         self.processes.check_same("training data", self._identity()["training data"])
-        if config.trackers:
-            wandb = {"name": config.wandb_run_name, "dir": str(self.output_dir)}
-            settings = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in config.to_dict().items()}
-            settings = {k: v for k, v in settings.items() if v is not None}
-            self.accelerator.init_trackers(config.wandb_project, settings, init_kwargs={"wandb": wandb})
+        self.log.start_trackers(config)
         warn_of_warmup(config, self.total_steps)
 
     def _resume(self, resume: bool | str | Path) -> None:
@@ -292,37 +274,41 @@ class GRPOTrainer:
         self.processes.barrier()
         if self.processes.is_main:
             output_dir.forget_after(self.output_dir, self.step)
-            self.metrics_file.cut_after(self.step)
-            self.completions_file.cut_after(self.step)
+        self.log.cut_after(self.step - (self.unfinished is not None))
 
-    def _record(self, batch: Batch, update: dict[str, float], seconds: float) -> StepRecord:
-        self.step += 1
+    def _count_step(self, update: dict[str, float], began: float) -> None:
+        batch = self.batch
         done = {
-            "step": self.step,
+            "step": self.step + 1,
             "epoch": self.order.epoch + self.order.cursor / self.order.size,
             "num_tokens": self.num_tokens,
             "skipped_steps": self.components.engine.skipped_steps,
-            "step_time": seconds,
+            "step_time": time.perf_counter() - began,
         }
-        return StepRecord(self.step, done | batch.metrics | update, batch.completions)
+        record = StepRecord(self.step + 1, done | batch.metrics | update, batch.completions)
+        self.step, self.unfinished = self.step + 1, UnfinishedStep(record)
+        if batch.updates >= self.config.num_iterations:
+            self.batch = None
 
-    def _after_step(self, record: StepRecord) -> None:
-        """Evaluate, log and save, each when its time has come."""
-        config, last = self.config, self.step == self.total_steps
-        if config.eval_steps and (self.step % config.eval_steps == 0 or last):
+    def _finish_step(self, unfinished: UnfinishedStep) -> None:
+        """Evaluate, log and save, each when its time has come; after an exception it goes on where it stopped."""
+        config, record, last = self.config, unfinished.record, self.step == self.total_steps
+        if config.eval_steps and (self.step % config.eval_steps == 0 or last) and "eval/pass@1" not in record.metrics:
             record.metrics.update(self.evaluate())
-        self.unlogged.append(record.metrics)
-        if self.step % config.logging_steps == 0 or last:
-            row = mean_metrics(self.unlogged)
-            if self.processes.is_main:
-                self.metrics_file.append([row])
-                self.completions_file.append([{"step": self.step, **c} for c in record.completions])
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
-            self.unlogged = []
+        if not unfinished.logged:
+            rows = [*self.unlogged, record.metrics]
+            if self.step % config.logging_steps == 0 or last:
+                if unfinished.log_begun:
+                    self.log.cut_after(self.step - 1)
+                unfinished.log_begun = True
+                self.log.write(rows, record)
+                rows = []
+            self.unlogged, unfinished.logged = rows, True
         if self.step % config.save_steps == 0:
             self.save(self.output_dir / f"checkpoint-{self.step}")
             if self.processes.is_main:
                 output_dir.prune(self.output_dir, config.save_total_limit)
+        self.unfinished = None
 
     # --- saving ----------------------------------------------------------------------------------------
 
@@ -371,13 +357,15 @@ class GRPOTrainer:
         self.order.load_state_dict(state["order"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.unlogged = state["unlogged"]
+        saved = state.get("unfinished")
+        self.unfinished = UnfinishedStep(StepRecord(**saved)) if saved else None
         self.batch = Batch.restored(state["batch"], self.processes, self.config.num_generations_per_prompt, self.device)
         states = state["random"]  # one per rank; the last serves where there are fewer than ranks
         run_state.restore_random_state(states[min(self.processes.rank, len(states) - 1)])
 
     def _state(self, *, alone: bool = False) -> dict[str, Any]:
         """Return what a checkpoint holds besides weights; `alone`: without asking other processes, who may be gone."""
-        gather = self.processes.gather
+        gather, unfinished = self.processes.gather, self.unfinished
         return {
             "step": self.step,
             "num_tokens": self.num_tokens,
@@ -386,6 +374,8 @@ class GRPOTrainer:
             # a rollout that is not used up, as each process has it
             "batch": gather([self.batch.saved()]) if self.batch is not None else [],
             "unlogged": self.unlogged,
+            # a step that an exception has kept from being logged
+            "unfinished": vars(unfinished.record) if unfinished and not unfinished.logged else None,
             "random": [run_state.random_state()] if alone else gather([run_state.random_state()]),
             "run": self._identity(),
         }

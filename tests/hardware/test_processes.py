@@ -159,7 +159,7 @@ def test_the_model_that_is_sharded_can_be_its_own_judge(differing, tmp_path):
     model = tiny_model(tie_word_embeddings=True).double()
     with pytest.warns(UserWarning, match="demonstration"):
         trainer = run(str(tmp_path), {"max_steps": 2}, model=model, reward=model)
-    assert differing[0]["judge"] == [pytest.approx(trainer.metrics_file.read()[-1]["reward"], rel=1e-6)] * 2
+    assert differing[0]["judge"] == [pytest.approx(trainer.log.metrics.read()[-1]["reward"], rel=1e-6)] * 2
     assert difference(tmp_path, differing[1] / "judge") < 1e-12
 
 

@@ -166,7 +166,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_run_costs_no_step_that_was_saved
     resumed = make_trainer(tmp_path / "broken", save_steps=1)
     resumed.train(resume=True)
     assert torch.equal(weights(whole), weights(resumed))
-    rows = [[{**row, "step_time": 0} for row in run.metrics_file.read()] for run in (whole, resumed)]
+    rows = [[{**row, "step_time": 0} for row in run.log.metrics.read()] for run in (whole, resumed)]
     assert rows[0] == rows[1]
 
 
@@ -207,7 +207,7 @@ def test_gradients_that_are_not_finite_are_skipped_logged_and_in_the_end_stop_th
     monkeypatch.setattr(step, "grpo_loss", spoiled)
     with pytest.raises(ArithmeticError, match=r"3 steps in a row .* weights are as they were .* Lower --learning-rate"):
         run.train()
-    assert [row["skipped_steps"] for row in run.metrics_file.read()] == [0, 0, 0, 0, 1, 2]
+    assert [row["skipped_steps"] for row in run.log.metrics.read()] == [0, 0, 0, 0, 1, 2]
     good = make_trainer(tmp_path, max_steps=9, save_steps=2)
     good.load(tmp_path / "checkpoint-4")
     assert torch.equal(weights(good), weights(run))

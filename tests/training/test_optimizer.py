@@ -170,7 +170,7 @@ def test_a_scaler_that_looks_for_its_scale_skips_steps_and_stops_no_run(tmp_path
 def test_what_is_not_finite_at_any_scale_still_stops_the_run(tmp_path, monkeypatch):
     run, real = scaled_trainer(tmp_path, scale=4.0, max_steps=20, max_skipped_steps=3), step.grpo_loss
     monkeypatch.setattr(step, "grpo_loss", lambda logprobs, *a, **k: real(logprobs * float("nan"), *a, **k))
-    monkeypatch.setattr(run, "_check_first_update", lambda sums: None)
+    monkeypatch.setattr(step, "check_first_step", lambda c, gradients: {})
     before = weights(run)
     with pytest.raises(ArithmeticError, match="3 steps in a row"):
         list(run.steps())

@@ -288,7 +288,7 @@ def test_a_bad_reward_function_stops_the_run_and_leaves_what_was_written(tmp_pat
     run = make_trainer(tmp_path, reward=breaks, save_steps=1)
     with pytest.raises(ValueError, match="'breaks' returned inf"):
         run.train()
-    assert [row["step"] for row in run.metrics_file.read()] == [1, 2]
+    assert [row["step"] for row in run.log.metrics.read()] == [1, 2]
     assert (tmp_path / "checkpoint-2" / "training_state.pt").exists()
     assert torch.isfinite(weights(run)).all()
 
@@ -370,7 +370,7 @@ def test_steps_are_optimizer_steps_and_the_schedule_is_transformers(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
-    assert [row["step"] for row in run.metrics_file.read()] == [5, 10, 12]
+    assert [row["step"] for row in run.log.metrics.read()] == [5, 10, 12]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
 
 
@@ -760,7 +760,7 @@ def test_resuming_from_elsewhere_begins_a_folder_of_its_own(tmp_path):
     whole.train()
     other = make_trainer(tmp_path / "b")
     other.train(resume=tmp_path / "a" / "checkpoint-2")
-    assert [row["step"] for row in other.metrics_file.read()] == [3]
+    assert [row["step"] for row in other.log.metrics.read()] == [3]
     assert torch.equal(weights(whole), weights(other))
     with pytest.raises(ValueError, match="results of another run"):
         make_trainer(tmp_path / "b", overwrite_output_dir=False).train(resume=tmp_path / "a" / "checkpoint-2")

@@ -114,7 +114,7 @@ BUGS: dict[str, Bug] = {
     ),
     "ratio": Bug(
         "the old log-probabilities are taken anew at every update",
-        "training.step.update",
+        "training.step.accumulate_gradients",
         "part.old_logprobs,  # None",
         "None,  # None",
         "The share clipped would be exactly 0 at every update, even at the fourth on the same rollout; "

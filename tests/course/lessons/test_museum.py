@@ -30,12 +30,12 @@ def test_each_bug_has_one_exhibit():
 @pytest.mark.parametrize("name", BUGS)
 def test_a_patch_reaches_who_imported_the_function_and_is_taken_back(name):
     def seen():
-        return step.grpo_loss, losses.kl_estimate, kl.kl_estimate, step.update
+        return step.grpo_loss, losses.kl_estimate, kl.kl_estimate, step.accumulate_gradients
 
     before = seen()
     with patched(BUGS[name]):
         during = seen()
-    reached = BUGS[name].function in ("algorithm.kl.kl_estimate", "training.step.update")
+    reached = BUGS[name].function in ("algorithm.kl.kl_estimate", "training.step.accumulate_gradients")
     assert (during != before) == reached
     assert during[1] is during[2]
     assert seen() == before
