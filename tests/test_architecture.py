@@ -49,7 +49,7 @@ def test_the_tree_names_every_folder():
 def test_links_lead_to_files_that_exist(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
-    assert not [link for link in missing]
+    assert not missing
 
 
 def test_what_the_page_says_is_in_a_file_is_there():

@@ -14,7 +14,9 @@ def likes_threes(prompts, completions):
     return [c.count("3") / 4 for c in completions]
 
 
-def make_trainer(folder, *, model=None, ref_model=None, reward=likes_threes, prompts=PROMPTS, eval_dataset=None, **settings):
+def make_trainer(
+    folder, *, model=None, ref_model=None, reward=likes_threes, prompts=PROMPTS, eval_dataset=None, **settings
+):
     defaults = {
         "batch_size": 4, "gradient_accumulation_steps": 1, "num_generations_per_prompt": 4, "max_new_tokens": 6,
         "learning_rate": 1e-2, "warmup_steps": 0, "max_steps": 3, "logging_steps": 1,

@@ -293,7 +293,7 @@ def accumulate_gradients(c: Components, batch: Batch) -> Gradients:
         sums.add(found.terms, found.scores, part, found.weights)
     sums = UpdateSums.merged(c.processes.gather([sums]))
     c.models.trained.eval()  # as from_pretrained gave it
-    if batch.updates == 0:
+    if not batch.updates:
         c.sampler.check(sums.difference / tokens)
     return Gradients(sums, tokens)
 

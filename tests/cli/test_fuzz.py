@@ -534,7 +534,7 @@ def test_any_text_scores_zero_or_one(text):
 
 @pytest.mark.parametrize(("pattern", "text"), PATTERNS + ENDLESS, ids=[pattern for pattern, _ in PATTERNS + ENDLESS])
 def test_a_pattern_that_tries_for_ever_is_given_up_with_a_warning(pattern, text):
-    warns = pytest.warns(RuntimeWarning, match=r"takes more than 0\.5 s .* score 0\. Does it repeat")
+    warns = pytest.warns(RuntimeWarning, match=r"takes more than 0\.5 s .* score 0\.")
     with at_once(), warns if (pattern, text) in ENDLESS else nullcontext():
         assert matches_format(pattern)(["?"], [text]) == [0.0]
 

@@ -9,6 +9,9 @@ from conftest import lines_of, parse_train
 
 from grpo_lab import GRPOConfig, SimplePromptDataset
 from grpo_lab.cli import main as cli
+from grpo_lab.cli import parser
+from grpo_lab.cli import train as train_command
+from grpo_lab.cli.loading import choose_model, load_data
 from grpo_lab.rewards.verifiable import countdown, numeric_answer
 from grpo_lab.rollout import prompts
 from grpo_lab.tasks.countdown import countdown_dataset
@@ -16,6 +19,11 @@ from grpo_lab.tasks.gsm8k import MARK_THE_ANSWER, gsm8k
 from grpo_lab.tasks.registry import TASKS
 from grpo_lab.tasks.task import QWEN
 from grpo_lab.training.config import PRESETS
+
+
+def load(options, task, rewards, seed):
+    """Load the data that the flags name."""
+    return load_data(task, rewards, seed, **{name: getattr(options, name) for name in train_command.DATA_FLAGS})
 
 
 @pytest.mark.parametrize(
@@ -36,23 +44,23 @@ from grpo_lab.training.config import PRESETS
 )
 def test_a_command_chooses_task_model_and_settings(arguments, task, model, settings):
     options = parse_train(*arguments)
-    assert cli.choose_task(options) is (TASKS[task] if task else None)
-    assert cli.model_name(options) == model
-    assert cli.make_config(options)[0] == GRPOConfig.preset(settings)
+    assert parser.task_from(options) is (TASKS[task] if task else None)
+    assert choose_model(options.model_name, parser.task_from(options)) == model
+    assert parser.config_from(options)[0] == GRPOConfig.preset(settings)
 
 
 def test_a_preset_overrides_the_task_and_flags_override_both():
-    config, source = cli.make_config(parse_train("--task", "gsm8k", "--preset", "dr_grpo", "--kl-coef", "0.5"))
+    config, source = parser.config_from(parse_train("--task", "gsm8k", "--preset", "dr_grpo", "--kl-coef", "0.5"))
     assert config == GRPOConfig(**PRESETS["gsm8k"] | PRESETS["dr_grpo"] | {"kl_coef": 0.5})
     assert source == "preset gsm8k + preset dr_grpo; changed: kl_coef=0.5"
 
 
 def test_reward_weights_of_a_task_apply_to_its_own_rewards_only():
     assert len(PRESETS["gsm8k"]["reward_weights"]) == len(TASKS["gsm8k"].rewards)
-    assert cli.make_config(parse_train("--preset", "gsm8k", "--reward", "exact_answer"))[0].reward_weights is None
-    assert cli.make_config(parse_train("--task", "pocket", "--preset", "gsm8k"))[0].reward_weights is None
+    assert parser.config_from(parse_train("--preset", "gsm8k", "--reward", "exact_answer"))[0].reward_weights is None
+    assert parser.config_from(parse_train("--task", "pocket", "--preset", "gsm8k"))[0].reward_weights is None
     given = parse_train("--preset", "gsm8k", "--reward", "exact_answer", "--reward-weights", "3")
-    assert cli.make_config(given)[0].reward_weights == (3.0,)
+    assert parser.config_from(given)[0].reward_weights == (3.0,)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -83,7 +91,7 @@ def test_a_file_with_prompts_and_answers_trains(train, tmp_path):
     row = lines_of(tmp_path / "out/completions.jsonl")[0]
     assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
     options = Namespace(**vars(parse_train(*arguments)) | {"eval_dataset": None})
-    read, _ = cli._data(options, None, [numeric_answer], 0)
+    read, _ = load(options, None, [numeric_answer], 0)
     assert list(read["answer"]) == [2, 4]
 
 
@@ -104,7 +112,7 @@ def test_a_system_prompt_replaces_an_existing_one(hub):
 
 def test_an_eval_dataset_from_the_hub_is_its_test_split(hub):
     options = parse_train("--task", "gsm8k", "--dataset", "a/b", "--eval-dataset", "c/d:e")
-    training, held_out = cli._data(options, TASKS["gsm8k"], [numeric_answer], 0)
+    training, held_out = load(options, TASKS["gsm8k"], [numeric_answer], 0)
     assert [(w["path"], w["name"], w["split"]) for w in hub] == [("a/b", None, "train"), ("c/d", "e", "test")]
     assert (len(training), len(held_out)) == (12, 15)
     assert training[0]["prompt"][0]["content"] == MARK_THE_ANSWER
@@ -112,7 +120,7 @@ def test_an_eval_dataset_from_the_hub_is_its_test_split(hub):
 
 def test_max_eval_samples_of_a_task_is_a_default_for_the_flag(hub, monkeypatch):
     def sizes(*arguments):
-        return [len(rows) for rows in cli._data(parse_train(*arguments), TASKS["gsm8k"], [numeric_answer], 0)]
+        return [len(rows) for rows in load(parse_train(*arguments), TASKS["gsm8k"], [numeric_answer], 0)]
 
     assert sizes("--max-train-samples", "5") == [5, 15]
     monkeypatch.setitem(TASKS, "gsm8k", replace(TASKS["gsm8k"], max_eval_samples=4))
