@@ -33,6 +33,15 @@ class UnfinishedStep:
     """Whether rows of it may be in the log files."""
     logged: bool = False
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any] | None) -> "UnfinishedStep | None":
+        """Return the step that a checkpoint holds (the fields of its record), or None."""
+        if saved is None:
+            return None
+        if not isinstance(saved, dict):
+            raise TypeError(f"unfinished must be a dict, got {type(saved).__name__}")
+        return cls(StepRecord(**saved))
+
 
 @dataclass
 class MicroBatch:

@@ -250,7 +250,7 @@ class GRPOTrainer:
                 with suppress(Exception):  # the fault itself is what matters
                     checkpoints.save(folder, self.policy, self.tokenizer, self._state(alone=True))
             if self.step and output_dir.all_checkpoints(self.output_dir):
-                error.add_note("What came before is saved: mend the cause, and go on with --resume (resume=True).")
+                error.add_note("What came before is saved: fix the cause and continue with --resume (resume=True).")
             raise
 
     def _start(self, resume: bool | str | Path | None) -> None:
@@ -357,8 +357,7 @@ class GRPOTrainer:
         self.order.load_state_dict(state["order"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.unlogged = state["unlogged"]
-        saved = state.get("unfinished")
-        self.unfinished = UnfinishedStep(StepRecord(**saved)) if saved else None
+        self.unfinished = UnfinishedStep.restored(state.get("unfinished"))
         self.batch = Batch.restored(state["batch"], self.processes, self.config.num_generations_per_prompt, self.device)
         states = state["random"]  # one per rank; the last serves where there are fewer than ranks
         run_state.restore_random_state(states[min(self.processes.rank, len(states) - 1)])

@@ -425,7 +425,7 @@ def everything(run) -> str:
 
 def test_these_are_the_files_and_the_state_of_a_checkpoint(run):
     assert sorted(path.name for path in (run.output_dir / "whole").iterdir()) == sorted(CHECKPOINT_FILES)
-    assert set(run._state()) == {*STATE_KEYS, "scaler"}
+    assert set(run._state()) == {*STATE_KEYS, "scaler", "unfinished"}
 
 
 @pytest.mark.parametrize("file", CHECKPOINT_FILES)

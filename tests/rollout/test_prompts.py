@@ -38,7 +38,7 @@ def test_a_column_of_a_datasets_dataset_will_do():
         ([[{"role": "user"}]], {}, TypeError, "prompt 0 must be a string"),
         ([["2+2="]], {}, TypeError, "prompt 0 must be a string"),
         (["a", "b"], {"answer": [1]}, ValueError, "column 'answer' has 1 values for 2 prompts"),
-        (["a"], {"prompt": ["b"]}, ValueError, "give the other one another name"),
+        (["a"], {"prompt": ["b"]}, ValueError, "Rename the other column"),
     ],
 )
 def test_what_is_no_dataset_is_refused_with_the_cure(prompts, columns, error, message):
@@ -60,7 +60,7 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer_and_a_chat_those_of_the
 def test_a_chat_needs_a_template_and_a_prompt_at_least_one_token(tokenizer):
     with pytest.raises(ValueError, match=r"no chat template\. Use text prompts, or the tokenizer of an instruct model"):
         encode_prompt(tokenizer, CHAT)
-    with pytest.raises(ValueError, match="leaves nothing of the prompt ''"):
+    with pytest.raises(ValueError, match="gives no tokens for the prompt ''"):
         encode_prompt(tokenizer, "")
 
 
@@ -88,7 +88,7 @@ def test_a_system_turn_that_the_template_writes_stays_where_it_is(tokenizer):
 def test_a_chat_that_its_template_refuses_is_said(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     for chat in (CHAT, as_chats(SimplePromptDataset(["2+2="]), "Be brief.")[0]["prompt"]):
-        with pytest.raises(ValueError, match="chat template refuses a prompt: roles must alternate"):
+        with pytest.raises(ValueError, match="chat template rejects a prompt: roles must alternate"):
             encode_prompt(tokenizer, chat)
 
 

@@ -60,7 +60,7 @@ def raise_(error):
         (lambda c: iter(int, 1), "returned 17 or more values for 16 completions"),
         (lambda c: 0.5, "must return a list with one number per completion, got 0.5"),
         (lambda c: ["good"] * len(c), "must return numbers or None, got 'good'"),
-        (lambda c: time.sleep(600), r"on 16 completions did not return within 0\.3 s .* go on with --resume"),
+        (lambda c: time.sleep(600), r"on 16 completions did not return within 0\.3 s .* continue with --resume"),
     ],
     ids=["raises", "raises what we raise", "exits", "inf", "short", "endless", "a number", "words", "hangs"],
 )
@@ -72,7 +72,7 @@ def test_a_fault_in_a_reward_function_is_named_with_its_step_and_the_run_goes_on
     with pytest.raises((ValueError, TimeoutError), match=f"the reward function 'likes_threes' {message}") as caught:
         make_trainer(tmp_path / "broken", reward=failing(3, fault), reward_timeout=0.3).train()
     assert caught.value.__notes__[0] == "It happened in step 3."
-    assert "go on with --resume" in caught.value.__notes__[1]
+    assert "continue with --resume" in caught.value.__notes__[1]
     resumed = make_trainer(tmp_path / "broken")
     resumed.train(resume=True)
     assert torch.equal(weights(whole), weights(resumed))
@@ -161,7 +161,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_run_costs_no_step_that_was_saved
         patch.setattr(where, what, lambda *a, **k: (fault if saved.exists() else real)(*a, **k))
         with pytest.raises(OSError, match=r"No space left|Read-only") as caught:
             broken.train()
-    assert "go on with --resume" in " ".join(caught.value.__notes__)
+    assert "continue with --resume" in " ".join(caught.value.__notes__)
     assert [path.name for path in output_dir.all_checkpoints(tmp_path / "broken")] == ["checkpoint-1"]
     resumed = make_trainer(tmp_path / "broken", save_steps=1)
     resumed.train(resume=True)

@@ -10,6 +10,7 @@ from trainers import PROMPTS, make_trainer, weights
 
 from grpo_lab import SimplePromptDataset
 from grpo_lab.training import checkpoints, step
+from grpo_lab.training.batches import UnfinishedStep
 from grpo_lab.training.trainer import GRPOTrainer
 
 SETTINGS = {
@@ -118,3 +119,10 @@ def test_a_run_resumed_after_a_fault_at_the_end_of_a_step_has_every_row(unbroken
     again = run_of(tmp_path)
     again.train(resume=True)
     assert outcome(again) == unbroken[0]
+
+
+@pytest.mark.parametrize("saved", [-1, "x", [[]], {"a": 1}, torch.ones(2)], ids=str)
+def test_a_checkpoint_with_an_invalid_unfinished_step_is_refused(saved):
+    with pytest.raises(TypeError):
+        UnfinishedStep.restored(saved)
+    assert UnfinishedStep.restored(None) is None  # as in checkpoints of version 0.1
