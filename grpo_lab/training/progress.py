@@ -1,9 +1,6 @@
 """What a run prints while it trains: a progress bar in a terminal or notebook, plain lines elsewhere."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
 
 from grpo_lab.training.config import GRPOConfig
 
@@ -14,72 +11,45 @@ WHY_ZERO = (
 LINES = 20  # of a run whose output goes to a file
 
 
-class Progress(Protocol):
-    """Shows how far a run is."""
+class Progress:
+    """Shows how far a run is: a bar in a terminal or notebook, elsewhere a line for every twentieth of the run.
+
+    Args:
+        total: steps of the run.
+        silent: shows nothing, as all processes but the first.
+    """
+
+    def __init__(self, total: int, *, silent: bool):
+        from tqdm.auto import tqdm  # the notebook's bar in a notebook
+
+        ipython = sys.modules.get("IPython")
+        in_notebook = ipython is not None and ipython.get_ipython() is not None
+        interactive = in_notebook or (sys.stderr is not None and sys.stderr.isatty())
+        self.total, self.silent = total, silent
+        self.every = None if silent or interactive else max(1, total // LINES)
+        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=silent or not interactive)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
 
     def start(self, step: int) -> None:
         """Begin after this many steps: a resumed run must not count old steps as fast ones."""
-
-    def show(self, step: int, text: str) -> None:
-        """Show that this many steps are done."""
-
-    def write(self, text: str) -> None:
-        """Print a message above the bar."""
-
-
-class _Bar:
-    def __init__(self, bar):
-        self.bar = bar
-
-    def start(self, step: int) -> None:
         self.bar.initial = step
 
     def show(self, step: int, text: str) -> None:
+        """Show that this many steps are done."""
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text)
-
-    def write(self, text: str) -> None:
-        self.bar.write(text)
-
-
-class _Lines:
-    def __init__(self, total: int):
-        self.total, self.every = total, max(1, total // LINES)
-
-    def start(self, step: int) -> None:
-        pass
-
-    def show(self, step: int, text: str) -> None:
-        if step % self.every == 0 or step == self.total:
+        if self.every and (step % self.every == 0 or step == self.total):
             print(f"Step {step} of {self.total}: {text}", file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
-        print(text, flush=True)
-
-
-class _Silent:
-    def start(self, step: int) -> None:
-        pass
-
-    def show(self, step: int, text: str) -> None:
-        pass
-
-    def write(self, text: str) -> None:
-        pass
-
-
-@contextmanager
-def progress(total: int, *, silent: bool) -> Iterator[Progress]:
-    """Show the progress of a run of `total` steps; `silent` for all processes but the first."""
-    if silent:
-        yield _Silent()
-    elif "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty()):
-        from tqdm.auto import tqdm  # the notebook's bar in a notebook
-
-        with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
-            yield _Bar(bar)
-    else:
-        yield _Lines(total)
+        """Print a message above the bar."""
+        if not self.silent:
+            self.bar.write(text)
 
 
 def step_text(metrics: dict[str, float]) -> str:

@@ -30,7 +30,7 @@ from grpo_lab.training.evaluation import evaluate, evaluation_lines, examples, u
 from grpo_lab.training.figures import training_figure
 from grpo_lab.training.memory import memory_explained
 from grpo_lab.training.order import PromptOrder
-from grpo_lab.training.progress import first_step_text, progress, step_text
+from grpo_lab.training.progress import Progress, first_step_text, step_text
 from grpo_lab.training.run_log import RunLog
 from grpo_lab.training.setup import check_enough_prompts, check_settings, make_components, warn_of_warmup
 
@@ -209,7 +209,7 @@ class GRPOTrainer:
             interrupt_between_steps() as interrupted,
             self._save_on_exception(),
             memory_explained(self.device, self.precision, self.config),
-            progress(self.total_steps, silent=not self.processes.is_main) as bar,
+            Progress(self.total_steps, silent=not self.processes.is_main) as bar,
         ):
             first = None
             for record in self.steps(resume):
