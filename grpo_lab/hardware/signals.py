@@ -25,7 +25,7 @@ def delayed_interrupts() -> Iterator[None]:
 
 @contextmanager
 def interrupt_between_steps() -> Iterator[list[int]]:
-    """Handle SIGINT (Ctrl-C) and SIGTERM: the first one is only recorded, the second one acts at once.
+    """Handle SIGINT (Ctrl-C), SIGTERM and SIGHUP: the first one is only recorded, the second one acts at once.
 
     The caller checks the list between steps. Clusters send SIGTERM before they reclaim a machine.
 
@@ -45,7 +45,8 @@ def interrupt_between_steps() -> Iterator[list[int]]:
         restore_handlers()  # before the message, since the second signal may come as soon as it is printed
         print("\nFinishing this step; Ctrl-C again stops at once.", flush=True)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # SIGHUP: a closed terminal
+    handlers = {number: signal.getsignal(number) for number in numbers}
     # None: installed by C code, and Python cannot restore it. SIG_IGN: a shell's background job ignores SIGINT.
     handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     try:

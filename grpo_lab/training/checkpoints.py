@@ -6,6 +6,7 @@ is read with `weights_only=True`, so that loading one cannot run code.
 """
 
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -23,6 +24,10 @@ FINAL = "final_model"
 RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 
 
+# the words of the system, of safetensors and of torch.save; EFBIG is the limit of a process
+DISK_FULL = re.compile(
+    "No space left|File too large|[Qq]uota|os error (27|28|122)|PytorchStreamWriter|file write failed"
+)
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it; once, at import, before there are other threads
 
@@ -45,8 +50,8 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
     if folder.exists() and not (folder / STATE_FILE).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files, which saving there would remove. Name a new folder.")
     unfinished = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        remove(unfinished)
         unfinished.mkdir(parents=True)
         # an adapter: without a request to the Hub about its vocabulary; a model: in one file, whatever its size
         how = {"save_embedding_layers": False, "selected_adapters": ["default"]}
@@ -61,11 +66,20 @@ def save(folder: Path, model: nn.Module, tokenizer, state: dict[str, Any]) -> No
             _sync(path)
     except Exception as error:  # libraries report a full disk in different ways
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"cannot write {folder} ({type(error).__name__}: {error}). Is the disk full?") from error
+        full = " Is the disk full?" if DISK_FULL.search(str(error)) else ""
+        raise OSError(f"cannot write {folder} ({type(error).__name__}: {error}).{full}") from error
     old = _hide(folder)
     os.replace(unfinished, folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder; a folder disappears at once or not at all."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(_hide(path))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _hide(folder: Path) -> Path:

@@ -1,13 +1,20 @@
 """The output folder of a run: find, prune and protect its checkpoints."""
 
+import json
 import os
 import re
-import shutil
+import socket
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from grpo_lab.training.checkpoints import FINAL, RUN_FILES, STATE_FILE, _hide
+import psutil
+
+from grpo_lab.training.checkpoints import FINAL, RUN_FILES, STATE_FILE, remove
+
+LOCK = ".lock"
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:
@@ -39,13 +46,13 @@ def forget_after(output_dir: Path, step: int) -> None:
     """Remove the checkpoints after a step: the resumed run will write them again."""
     for later in all_checkpoints(output_dir):
         if int(later.name.split("-")[1]) > step:
-            shutil.rmtree(_hide(later))
+            remove(later)
 
 
 def prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond the limit."""
     for old in all_checkpoints(output_dir)[:-limit] if limit else ():
-        shutil.rmtree(_hide(old))
+        remove(old)
 
 
 def refuse_results(output_dir: Path) -> None:
@@ -60,11 +67,13 @@ def refuse_results(output_dir: Path) -> None:
 
 def _results(output_dir: Path) -> list[Path]:
     results = [output_dir / name for name in (FINAL, *RUN_FILES)] + all_checkpoints(output_dir)
-    return [path for path in results if path.exists()]
+    return [path for path in results if os.path.lexists(path)]
 
 
 def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
     """Make the output folder, and refuse one with the results of another run unless they may be replaced.
+
+    Nothing is removed here: `remove_results` follows when the first step of the new run has succeeded.
 
     Raises: ValueError that says how to go on.
     """
@@ -73,8 +82,52 @@ def prepare_output(output_dir: Path, *, overwrite: bool) -> None:
     refuse_unwritable(output_dir)
     if not overwrite:
         refuse_results(output_dir)
+
+
+def remove_results(output_dir: Path) -> None:
+    """Remove the results of an earlier run."""
     for path in _results(output_dir):
-        shutil.rmtree(_hide(path)) if path.is_dir() else path.unlink()
+        remove(path)
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Keep other processes out of this folder while a run writes to it, by a file that names this process.
+
+    The file of a process that has ended is replaced. Several trainers of one process are not kept apart.
+
+    Raises: ValueError that names the process that uses the folder.
+    """
+    path, mine = output_dir / LOCK, {"pid": os.getpid(), "host": socket.gethostname()}
+    holder = _holder(path)
+    ended = holder is None or (holder["host"] == mine["host"] and not psutil.pid_exists(holder["pid"]))
+    if not ended and holder != mine:
+        raise ValueError(
+            f"{output_dir} is in use by process {holder['pid']} on {holder['host']}. Wait until that run has ended, or "
+            f"name another folder: --output-dir. If there is no such process, remove {path}."
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with path.open("x", encoding="utf-8") as file:  # of two that come at once, one gets it
+            json.dump(mine, file)
+    except FileExistsError:
+        raise ValueError(f"another process has just begun to use {output_dir}. Name another folder.") from None
+    except OSError:  # reported with its reason before anything is written
+        pass
+    try:
+        yield
+    finally:
+        if _holder(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"pid": int(found["pid"]), "host": str(found["host"])}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or not one of ours
+        return None
 
 
 def refuse_unwritable(output_dir: Path) -> None:

@@ -9,7 +9,7 @@ batch, so micro-batches change only memory.
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class GRPOTrainer:
         self.train_dataset = checked_dataset(train_dataset, "train_dataset")
         self.eval_dataset = checked_dataset(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         check_settings(config, model, ref_model, eval_dataset)
-        self.output_dir = Path(config.output_dir)
+        self.output_dir = Path(config.output_dir).expanduser().absolute()  # a later chdir does not move it
         device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, device)
         self.accelerator = make_accelerator(device, self.precision, config.trackers, config.output_dir)
@@ -89,6 +89,7 @@ class GRPOTrainer:
         self.num_tokens = 0
         self.batch: Batch | None = None
         self.unfinished: UnfinishedStep | None = None
+        self._replace_results = False
         self.unlogged: list[dict[str, float]] = []
         self.log = RunLog(self.output_dir, self.accelerator, is_main=self.processes.is_main)
 
@@ -115,6 +116,10 @@ class GRPOTrainer:
         Args:
             resume: True goes on from the newest checkpoint in output_dir, a path from that one.
         """
+        with output_dir.locked(self.output_dir) if self.processes.is_main else nullcontext():
+            yield from self._steps(resume)
+
+    def _steps(self, resume: bool | str | Path | None) -> Iterator[StepRecord]:
         self._start(resume)
         while self.step < self.total_steps or self.unfinished:
             if self.unfinished is None:
@@ -124,7 +129,8 @@ class GRPOTrainer:
             yield record
         if self.processes.is_main:
             final = merged(self.policy) if is_adapted(self.policy) else self.policy
-            checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, self._final_state())
+            state = {"step": self.step, "num_tokens": self.num_tokens, "final": True, "run": self._identity()}
+            checkpoints.save(self.output_dir / checkpoints.FINAL, final, self.tokenizer, state)
         self.processes.barrier()
         self.log.finish()
 
@@ -260,6 +266,7 @@ class GRPOTrainer:
         elif self.step == 0:
             if self.processes.is_main:
                 output_dir.prepare_output(self.output_dir, overwrite=config.overwrite_output_dir)
+            self._replace_results = True
             set_seed((config.seed + self.processes.rank) % 2**32)  # for dropout, and reward functions that draw
         self.processes.check_same("training data", self._identity()["training data"])
         self.log.start_trackers(config)
@@ -270,6 +277,7 @@ class GRPOTrainer:
         elsewhere = candidates[0].resolve().parent != self.output_dir.resolve()
         if elsewhere and self.processes.is_main:  # is it another run's folder?
             output_dir.prepare_output(self.output_dir, overwrite=self.config.overwrite_output_dir)
+            output_dir.remove_results(self.output_dir)
         self._load_first(candidates)
         self.processes.barrier()
         if self.processes.is_main:
@@ -293,6 +301,9 @@ class GRPOTrainer:
     def _finish_step(self, unfinished: UnfinishedStep) -> None:
         """Evaluate, log and save, each when its time has come; after an exception it goes on where it stopped."""
         config, record, last = self.config, unfinished.record, self.step == self.total_steps
+        if self._replace_results and self.processes.is_main:
+            output_dir.remove_results(self.output_dir)
+        self._replace_results = False
         if config.eval_steps and (self.step % config.eval_steps == 0 or last) and "eval/pass@1" not in record.metrics:
             record.metrics.update(self.evaluate())
         if not unfinished.logged:
@@ -378,10 +389,6 @@ class GRPOTrainer:
             "random": [run_state.random_state()] if alone else gather([run_state.random_state()]),
             "run": self._identity(),
         }
-
-    def _final_state(self) -> dict[str, Any]:
-        """Return the state beside the final model: what was run, without the optimizer's state, twice the weights."""
-        return {"step": self.step, "num_tokens": self.num_tokens, "final": True, "run": self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on as the same run."""

@@ -1,8 +1,13 @@
 """Checkpoints: there completely or not at all, and a run goes on from one as if nothing had happened."""
 
+import json
+import math
 import os
 import pickle
 import random
+import socket
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -12,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_lab.tasks.pocket.make import make_tokenizer
 from grpo_lab.training import checkpoints, output_dir, run_state
 from grpo_lab.training.checkpoints import STATE_FILE, load_state, load_weights
 from grpo_lab.training.config import GRPOConfig
@@ -211,6 +217,8 @@ def test_the_results_of_another_run_are_only_replaced_on_demand(tmp_path, result
         output_dir.prepare_output(tmp_path, overwrite=False)
     assert (tmp_path / result).exists()
     output_dir.prepare_output(tmp_path, overwrite=True)
+    assert (tmp_path / result).exists()  # until the new run has made a step
+    output_dir.remove_results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # what is not a result is not touched
     output_dir.prepare_output(tmp_path, overwrite=False)
 
@@ -296,3 +304,80 @@ def test_the_final_model_holds_no_optimizer_state_and_follows_the_umask(tmp_path
     assert {path.stat().st_mode & 0o777 for path in [*final.iterdir(), *checkpoint.iterdir()]} == {expected}
     with pytest.raises(ValueError, match=r"end of a run .* Resume from a checkpoint, or .*--model-name"):
         make_trainer(tmp_path).train(resume=final)
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_the_earlier_results(tmp_path):
+    make_trainer(tmp_path, save_steps=3).train()
+    before = contents(tmp_path / "final_model"), (tmp_path / "metrics.jsonl").read_bytes()
+    broken = make_trainer(tmp_path, reward=lambda prompts, completions: [math.inf] * len(completions), seed=1)
+    with pytest.raises(ValueError, match="inf"):
+        broken.train()
+    assert (contents(tmp_path / "final_model"), (tmp_path / "metrics.jsonl").read_bytes()) == before
+    assert (tmp_path / "checkpoint-3").is_dir()
+    make_trainer(tmp_path, save_steps=5, seed=1).train()
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    run = make_trainer(tmp_path)
+    steps = run.steps()
+    next(steps)
+    code = "import sys\nfrom pathlib import Path\nfrom grpo_lab.training.output_dir import locked\n"
+    code += f"with locked(Path({str(tmp_path)!r})): pass"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"is in use by process {os.getpid()} on " in other.stderr
+    assert "remove" in other.stderr
+    steps.close()
+    assert not (tmp_path / output_dir.LOCK).exists()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"pid": "x", "host": 3}', '{"pid": 999999999, "host": "%s"}'])
+def test_the_lock_of_a_process_that_has_ended_is_replaced(tmp_path, content):
+    (tmp_path / output_dir.LOCK).write_text(content.replace("%s", socket.gethostname()))
+    with output_dir.locked(tmp_path):
+        assert json.loads((tmp_path / output_dir.LOCK).read_text())["pid"] == os.getpid()
+    (tmp_path / output_dir.LOCK).write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(ValueError, match="in use by process 1 on elsewhere"), output_dir.locked(tmp_path):
+        pass
+
+
+def test_links_are_removed_and_not_what_they_lead_to(tmp_path):
+    (tmp_path / "disk" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "disk" / "checkpoint-1" / STATE_FILE).touch()
+    run = tmp_path / "run"
+    for name in ("checkpoint-2", "checkpoint-3"):
+        (run / name).mkdir(parents=True)
+        (run / name / STATE_FILE).touch()
+    (run / "checkpoint-1").symlink_to(tmp_path / "disk" / "checkpoint-1")
+    output_dir.prune(run, 2)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "disk" / "checkpoint-1" / STATE_FILE).exists()
+    (run / ".unfinished-checkpoint-4").symlink_to(tmp_path / "disk")
+    checkpoints.save(run / "checkpoint-4", tiny_model(), make_tokenizer(), STATE)
+    assert load_state(run / "checkpoint-4")["step"] == 3
+
+
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch):
+    model = tiny_model()
+    for error, full in (
+        (OSError(28, "No space left on device"), True),
+        (MemoryError("x"), False),
+        (UnicodeError("x"), False),
+    ):
+        monkeypatch.setattr(model, "save_pretrained", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(OSError, match="cannot write") as caught:
+            checkpoints.save(tmp_path / "checkpoint-1", model, make_tokenizer(), STATE)
+        assert ("Is the disk full?" in str(caught.value)) == full
+
+
+def test_the_folder_stays_where_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = make_trainer("out", max_steps=2)
+    (tmp_path / "elsewhere").mkdir()
+    for _ in run.steps():
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (tmp_path / "out" / "final_model").is_dir()
+    assert make_trainer("~/x").output_dir == tmp_path / "home" / "x"

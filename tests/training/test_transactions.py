@@ -17,7 +17,7 @@ SETTINGS = {
     "max_steps": 4, "num_iterations": 2, "logging_steps": 2, "save_steps": 2, "eval_steps": 2, "batch_size": 4,
     "disable_dropout": False, "kl_coef": 0.0, "top_k": 0, "top_p": 1.0, "overwrite_output_dir": False,
 }  # fmt: skip
-WATCHED = (GRPOTrainer.steps, GRPOTrainer._take_step, GRPOTrainer._finish_step, GRPOTrainer.collect,
+WATCHED = (GRPOTrainer.steps, GRPOTrainer._steps, GRPOTrainer._take_step, GRPOTrainer._finish_step, GRPOTrainer.collect,
            GRPOTrainer.save, step.accumulate_gradients)  # fmt: skip
 
 
