@@ -1,7 +1,7 @@
 """The tasks that `--task` knows.
 
-Each task has its own settings in `config.PRESETS`, so `--preset gsm8k` and `--task gsm8k` are the same run. With both
-flags, as in `--task gsm8k --preset dr_grpo`, the preset's settings override those of the task.
+Each task has its own settings in `training.presets.PRESETS`, so `--preset gsm8k` and `--task gsm8k` are the same
+run. With both flags, as in `--task gsm8k --preset dr_grpo`, the preset's settings override those of the task.
 """
 
 from grpo_lab.rewards.verifiable import countdown, marked_answer, numeric_answer

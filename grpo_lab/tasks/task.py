@@ -20,7 +20,7 @@ class Task:
     rewards: tuple[RewardFunction, ...]
     """Reward functions; the first decides what counts as right, also for pass@k."""
     preset: str
-    """Name of its settings in config.PRESETS."""
+    """Name of its settings in training.presets.PRESETS."""
     max_eval_samples: int | None = None
     """Default number of held-out prompts to evaluate on; None: all."""
     prompt_column: str = "prompt"

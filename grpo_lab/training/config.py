@@ -97,7 +97,7 @@ class GRPOConfig:
     std_eps: float = 1e-4
     """Added to that standard deviation; in the units of the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from sampled tokens; k1 is of no use in the loss, see grpo_lab.kl."""
+    """How the KL is estimated from sampled tokens; k1 is of no use in the loss, see grpo_lab.algorithm.kl."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL penalty goes: into the loss (GRPO), or into the reward before the advantage (RLOO; always k1)."""
     surrogate: Literal["clip", "cispo"] = "clip"

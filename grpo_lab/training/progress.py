@@ -26,7 +26,7 @@ class Progress:
         in_notebook = ipython is not None and ipython.get_ipython() is not None
         interactive = in_notebook or (sys.stderr is not None and sys.stderr.isatty())
         self.total, self.silent = total, silent
-        self.every = None if silent or interactive else max(1, total // LINES)
+        self.every = None if silent or interactive else -(-total // LINES)
         self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=silent or not interactive)
 
     def __enter__(self) -> "Progress":
@@ -50,6 +50,7 @@ class Progress:
         """Print a message above the bar."""
         if not self.silent:
             self.bar.write(text)
+            sys.stdout.flush()  # a log file shows it at once
 
 
 def step_text(metrics: dict[str, float]) -> str:

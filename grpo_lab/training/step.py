@@ -5,8 +5,9 @@
     compare_within_groups  an advantage for each completion, from its group   -> Batch
     update                 one optimizer step on the clipped loss with KL     -> its metrics
 
-Each part takes what the one before returned. With several processes each works on its share of the prompts, whole
-groups; advantages that are scaled by the batch, means and metrics are over all of them.
+Each part takes what the one before returned. A run calls the two halves of the update, `accumulate_gradients` and
+`apply_gradients`, with a check between them in its first step. With several processes each works on its share of the
+prompts, whole groups; advantages that are scaled by the batch, means and metrics are over all of them.
 """
 
 import math
@@ -287,12 +288,14 @@ def accumulate_gradients(c: Components, batch: Batch) -> Gradients:
 
     sums = UpdateSums()
     c.models.trained.train()
-    for part, found in c.engine.accumulate(batch.parts, compute):
-        if batch.updates == 0:
-            part.old_logprobs = found.scores.logprobs.detach()
-        sums.add(found.terms, found.scores, part, found.weights)
+    try:
+        for part, found in c.engine.accumulate(batch.parts, compute):
+            if batch.updates == 0:
+                part.old_logprobs = found.scores.logprobs.detach()
+            sums.add(found.terms, found.scores, part, found.weights)
+    finally:
+        c.models.trained.eval()  # as from_pretrained gave it
     sums = UpdateSums.merged(c.processes.gather([sums]))
-    c.models.trained.eval()  # as from_pretrained gave it
     if not batch.updates:
         c.sampler.check(sums.difference / tokens)
     return Gradients(sums, tokens)
@@ -324,6 +327,6 @@ def check_first_step(c: Components, gradients: Gradients) -> dict[str, float]:
         warnings.warn(
             f"right after sampling the ratio should be 1, but is off by up to {check['ratio']:.2g}: "
             "this model does not give the same log-probabilities token by token as all at once.",
-            stacklevel=2,
+            stacklevel=4,
         )
     return check

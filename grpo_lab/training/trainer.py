@@ -1,9 +1,7 @@
-"""GRPOTrainer: a run, from the first step to the final model.
+"""GRPOTrainer: a run, from the first step to the final model; what a step does is in `step.py`.
 
-`steps()` is the run as a loop over optimizer steps; what a step does is in `step.py`. `train()` is a loop over it
-with a progress bar. A step uses batch_size * gradient_accumulation_steps prompts with their K completions each, in
-micro-batches of at least batch_size prompts: more where completions are short. Every mean is over the whole
-batch, so micro-batches change only memory.
+A step uses batch_size * gradient_accumulation_steps prompts with K completions each, in micro-batches of at least
+batch_size prompts: more where completions are short. Every mean is over the whole batch.
 """
 
 import time
@@ -90,6 +88,7 @@ class GRPOTrainer:
         self.batch: Batch | None = None
         self.unfinished: UnfinishedStep | None = None
         self._replace_results = False
+        self.first_check: dict[str, float] | None = None
         self.unlogged: list[dict[str, float]] = []
         self.log = RunLog(self.output_dir, self.accelerator, is_main=self.processes.is_main)
 
@@ -107,8 +106,6 @@ class GRPOTrainer:
     def ref_model(self) -> nn.Module | None:
         """The frozen reference; None where none is needed or it is `model` with its adapter off."""
         return self.components.models.reference
-
-    # --- the run, step by step -------------------------------------------------------------------------
 
     def steps(self, resume: bool | str | Path | None = None) -> Iterator[StepRecord]:
         """Run all optimizer steps, one at a time; log, save and evaluate on the way, as configured.
@@ -135,12 +132,17 @@ class GRPOTrainer:
         self.log.finish()
 
     def _take_step(self) -> None:
-        """Sample a batch if none is in use, and update on it; after an exception everything is as it was before."""
+        """Sample a batch if none is in use, and update on it.
+
+        After an exception weights, order and random state are as before the update, or before the sampling if that
+        failed; the counters of skipped steps keep their count.
+        """
         began = time.perf_counter()
-        before = self.batch, self.num_tokens, self.order.state_dict(), run_state.random_state()
+        before = self._position()
         try:
             if self.batch is None:
                 self.batch = self.collect(next(self.order))
+                before = self._position()  # the completions are kept for another try
             gradients = step.accumulate_gradients(self.components, self.batch)
             if self.step == 0:
                 self.first_check = step.check_first_step(self.components, gradients)
@@ -154,11 +156,14 @@ class GRPOTrainer:
                 run_state.restore_random_state(before[3])
             raise
 
+    def _position(self) -> tuple[Batch | None, int, dict[str, int], dict[str, Any]]:
+        return self.batch, self.num_tokens, self.order.state_dict(), run_state.random_state()
+
     def collect(self, indices: Sequence[int]) -> Batch:
         """Sample K completions for each of these prompts, score them, and compare each with its group."""
         K = self.config.num_generations_per_prompt
         mine = self.processes.shard_range(len(indices))
-        uniforms = self._uniforms(len(indices) * K, "rollout", self.step)[mine.start * K : mine.stop * K]
+        uniforms = uniforms_for(self.components, len(indices) * K, "rollout", self.step)[mine.start * K : mine.stop * K]
         batch = step.make_batch(self.components, [self.train_dataset[indices[i]] for i in mine], uniforms)
         self.num_tokens += int(self.processes.sum(batch.num_tokens))
         return batch
@@ -197,9 +202,6 @@ class GRPOTrainer:
         """
         return examples(self.components, dataset, number)
 
-    def _uniforms(self, rows: int, purpose: str, number: int) -> Tensor:
-        return uniforms_for(self.components, rows, purpose, number)
-
     # --- the whole run ---------------------------------------------------------------------------------
 
     def train(self, resume: bool | str | Path | None = None) -> list[dict[str, Any]]:
@@ -225,7 +227,7 @@ class GRPOTrainer:
                     if first > 1:
                         bar.write(f"Resumed after step {first - 1}.")
                 bar.show(record.step, step_text(record.metrics))
-                if record.step == 1:
+                if record.step == 1 and self.first_check:
                     bar.write(first_step_text(self.first_check, self.config))
                 if "eval/pass@1" in record.metrics:
                     lines = evaluation_lines(record.metrics, self.config.num_generations_per_prompt)

@@ -32,24 +32,24 @@ BADGES = """\
 """
 # the first code cell of every notebook
 INSTALL = """\
+import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 REPOSITORY = ""  # owner/name on GitHub
-if "google.colab" in sys.modules:  # elsewhere the package is installed already
-    import importlib.util
-    import subprocess
-    from pathlib import Path
-
-    if not importlib.util.find_spec("grpo_lab"):
-        found = [p for folder in (Path.cwd(), Path("/content")) for p in folder.glob("grpo[-_]lab*")]
-        files = [str(p) for p in found if p.suffix in (".whl", ".zip")]
-        address = [f"git+https://github.com/{REPOSITORY}"] if REPOSITORY else []
-        if not files + address:
-            raise RuntimeError("Upload grpo_lab-*.whl (the folder icon on the left), then run this cell again.")
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", (files + address)[0]]
-        subprocess.run(install, check=True)
-        importlib.invalidate_caches()
-
+if not importlib.util.find_spec("grpo_lab"):  # on Colab, say
+    found = [p for folder in (Path.cwd(), Path("/content")) for p in folder.glob("grpo[-_]lab*")]
+    files = sorted(str(p) for p in found if p.suffix in (".whl", ".zip"))
+    address = [f"git+https://github.com/{REPOSITORY}"] if REPOSITORY else []
+    if not files + address:
+        raise RuntimeError(
+            "Put grpo_lab-*.whl beside this notebook (on Colab: the folder icon on the left), then run this cell again."
+        )
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", (files[-1:] + address)[0]]
+    subprocess.run(install, check=True)
+    importlib.invalidate_caches()
+if "google.colab" in sys.modules:
     from grpo_lab.course.notebooks import prepare_colab
 
     prepare_colab()"""

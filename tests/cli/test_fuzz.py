@@ -512,7 +512,7 @@ ENDLESS = [
 
 
 def scores(text: str) -> list[float]:
-    """Of all but math_answer, which has a process and hostile texts of its own in test_apart.py."""
+    """Of all but math_answer, which has a process and hostile texts of its own in test_isolated.py."""
     columns = {"answer": ["-4242.5"]}
     return [reward(["3,5,7:22="], [text], **columns)[0] for name, reward in BUILT_IN.items() if name != "math_answer"]
 

@@ -223,7 +223,7 @@ def test_on_colab_the_cell_goes_on_where_the_package_is_there(tmp_path):
 def test_on_colab_the_cell_fails_and_says_what_to_do_where_nothing_is_there(tmp_path):
     result = on_colab(tmp_path, sys.executable, "-S")  # -S: no installed package is seen
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("RuntimeError: Upload grpo_lab-*.whl")
+    assert result.stderr.splitlines()[-1].startswith("RuntimeError: Put grpo_lab-*.whl")
 
 
 def test_the_oldest_versions_are_those_of_the_package():

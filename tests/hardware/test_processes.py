@@ -209,8 +209,8 @@ def test_an_error_of_any_process_is_said_and_that_it_is_slow(tmp_path):
     flags = ["--max-steps", "2", "--output-dir", "run", "--device", "cpu", "--reward", "mine.py:f"]
     done = launch([*TORCHRUN, "-m"], "grpo_lab.train_grpo", *flags, folder=tmp_path)
     assert done.returncode != 0
-    assert "process 1: the reward function 'f' on " in done.stderr
-    assert "process 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
+    assert "rank 1: the reward function 'f' on " in done.stderr
+    assert "rank 1: the reward function 'f' raised ZeroDivisionError" in done.stderr
     assert "training/trainer.py" not in done.stderr  # only the launcher prints a traceback
 
 

@@ -16,6 +16,7 @@ from grpo_lab.rollout.scoring import completion_logprobs
 from grpo_lab.rollout.vllm import VLLMSampler
 from grpo_lab.tasks.pocket.make import make_tokenizer
 from grpo_lab.training import step
+from grpo_lab.training.evaluation import uniforms_for
 from grpo_lab.training.samplers import ModelSampler
 from grpo_lab.training.trainer import GRPOTrainer
 
@@ -62,7 +63,7 @@ def stand(request, tmp_path, monkeypatch):
 
 def test_rollouts_have_the_shape_and_the_log_probabilities_of_our_own(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
-    rollouts = run.sample(["1,2,3:6=", "2,5:7="], run._uniforms(8, "rollout", 0), 4)
+    rollouts = run.sample(["1,2,3:6=", "2,5:7="], uniforms_for(run.components, 8, "rollout", 0), 4)
     mask, ids = rollouts.completion_mask, rollouts.completion_ids
     lengths = mask.sum(1)
     assert 1 < lengths.min() < lengths.max() == 6  # of several lengths, some cut off
@@ -84,18 +85,18 @@ def test_rollouts_have_the_shape_and_the_log_probabilities_of_our_own(tmp_path, 
 
 def test_the_same_numbers_give_the_same_completions_and_other_numbers_others(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
-    one = run.sample(PROMPTS[:2], run._uniforms(8, "rollout", 0), 4)
-    again = run.sample(PROMPTS[:2], run._uniforms(8, "rollout", 0), 4)
-    other = run.sample(PROMPTS[:2], run._uniforms(8, "rollout", 1), 4)
+    one = run.sample(PROMPTS[:2], uniforms_for(run.components, 8, "rollout", 0), 4)
+    again = run.sample(PROMPTS[:2], uniforms_for(run.components, 8, "rollout", 0), 4)
+    other = run.sample(PROMPTS[:2], uniforms_for(run.components, 8, "rollout", 1), 4)
     assert torch.equal(one.input_ids, again.input_ids)
     assert one.input_ids.shape != other.input_ids.shape or not torch.equal(one.input_ids, other.input_ids)
-    twice = run.sample([PROMPTS[0]] * 2, run._uniforms(8, "rollout", 0), 4).completion_ids
+    twice = run.sample([PROMPTS[0]] * 2, uniforms_for(run.components, 8, "rollout", 0), 4).completion_ids
     assert not torch.equal(twice[:4], twice[4:])  # each prompt has its own seed
 
 
 def test_greedy_equals_our_own_sampler(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
-    uniforms = run._uniforms(6, "evaluate", 0)
+    uniforms = uniforms_for(run.components, 6, "evaluate", 0)
     theirs = run.sample(PROMPTS[:3], uniforms, 2, top_k=1)
     run.components.sampler = ModelSampler(run.components.models)
     ours = run.sample(PROMPTS[:3], uniforms, 2, top_k=1)
@@ -106,7 +107,7 @@ def test_greedy_equals_our_own_sampler(tmp_path, stand):
 def test_it_samples_from_the_distribution_that_it_reports(tmp_path, stand):
     """Of 400 first tokens, each token's share is within 4.5 standard deviations: wrong by luck once in 5,000 runs."""
     run = make_trainer(tmp_path / "run", **stand(noise=0.5).settings, max_new_tokens=1)
-    rollouts = run.sample(PROMPTS[:1], run._uniforms(400, "rollout", 0), 400)
+    rollouts = run.sample(PROMPTS[:1], uniforms_for(run.components, 400, "rollout", 0), 400)
     p = rollouts.logprobs.exp().squeeze(1)
     tokens = rollouts.completion_ids.squeeze(1)
     assert not torch.allclose(p, torch.ones_like(p) / 22, atol=0.01)
@@ -317,7 +318,7 @@ def test_an_end_token_at_the_maximum_length_ends_the_completion(tmp_path, server
         return content
 
     server.answer = answer
-    assert run.sample(PROMPTS[:1], run._uniforms(2, "rollout", 0), 2).ended.all()
+    assert run.sample(PROMPTS[:1], uniforms_for(run.components, 2, "rollout", 0), 2).ended.all()
 
 
 def test_a_cache_that_is_kept_is_an_error(tmp_path, server):
@@ -340,4 +341,4 @@ def test_invalid_settings_are_refused_with_the_reason():
 def test_truncation_in_a_single_call_is_refused_too(tmp_path, stand):
     run = make_trainer(tmp_path / "run", **stand().settings)
     with pytest.raises(ValueError, match="got top_k=5"):
-        run.sample(PROMPTS[:1], run._uniforms(1, "x", 0), 1, top_k=5)
+        run.sample(PROMPTS[:1], uniforms_for(run.components, 1, "x", 0), 1, top_k=5)

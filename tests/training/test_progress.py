@@ -27,6 +27,7 @@ def test_a_file_gets_a_line_for_every_twentieth_of_the_run(capsys):
 
 def test_a_short_and_a_resumed_run_show_every_step_that_they_make(capsys):
     assert shown(capsys, terminal=False, total=3).err.count("Step ") == 3
+    assert shown(capsys, terminal=False, total=39).err.count("Step ") == LINES
     assert shown(capsys, terminal=False, done=36).err.splitlines()[0].startswith("Step 38 of 40")
 
 

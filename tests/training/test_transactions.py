@@ -1,5 +1,6 @@
 """A step happens or does not: whichever line an exception comes from, the run goes on as if there had been none."""
 
+import shutil
 import sys
 from types import CodeType
 
@@ -100,14 +101,25 @@ def test_an_exception_at_any_line_changes_nothing(unbroken, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:right after sampling")
-@pytest.mark.parametrize("name", ["evaluate", "write", "save"])
-def test_a_run_resumed_after_a_fault_at_the_end_of_a_step_has_every_row(unbroken, tmp_path, monkeypatch, name):
-    run, failed = run_of(tmp_path), []
-    owner = {"evaluate": run, "write": run.log, "save": checkpoints}[name]
+@pytest.mark.parametrize(("name", "every"), [("evaluate", 2), ("write", 2), ("save", 2), ("evaluate", 1), ("write", 1)])
+def test_a_run_resumed_after_a_fault_at_the_end_of_a_step_has_every_row(tmp_path, monkeypatch, name, every):
+    def run():
+        torch.manual_seed(0)
+        settings = SETTINGS | {"save_steps": every, "eval_steps": every, "logging_steps": every}
+        held_out = SimplePromptDataset(PROMPTS[:2])
+        model = tiny_model(attention_dropout=0.1)
+        return make_trainer(tmp_path / "run", model=model, eval_dataset=held_out, **settings)
+
+    whole = run()
+    whole.train()
+    expected = outcome(whole)
+    shutil.rmtree(tmp_path / "run")
+    broken, failed = run(), []
+    owner = {"evaluate": broken, "write": broken.log, "save": checkpoints}[name]
     real = getattr(owner, name)
 
     def fails_once(*arguments, **settings):
-        if run.step == 2 and not failed:
+        if broken.step == every and not failed:
             failed.append(True)
             raise OSError("once")
         return real(*arguments, **settings)
@@ -115,10 +127,10 @@ def test_a_run_resumed_after_a_fault_at_the_end_of_a_step_has_every_row(unbroken
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails_once)
         with pytest.raises(OSError, match="once"):
-            run.train()
-    again = run_of(tmp_path)
+            broken.train()
+    again = run()
     again.train(resume=True)
-    assert outcome(again) == unbroken[0]
+    assert outcome(again) == expected
 
 
 @pytest.mark.parametrize("saved", [-1, "x", [[]], {"a": 1}, torch.ones(2)], ids=str)
