@@ -163,6 +163,11 @@ GROUPED = re.compile(
     r"(?<![\w.,])(?:[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f_'\u2019]\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,}|"
     r"\d{1,2}(?:,\d{2})+,\d{3})(?![\d_]|[, ]\d)"
 )
+POWER_OF_TEN = re.compile(
+    r"(?<![\w.^/])(\d+(?:\.\d+)?|\.\d+)\s*(?:×|\\times|\\cdot|·|⋅|\*)\s*"
+    r"10(?:(?:\^|\*\*)(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))|([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+))(?!\d|\.\d)"
+)
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,9})(?![\w{]|\.\d)")
 EULER = re.compile(r"(?<![\w.])\d+e[-+][1-9]\d*(?![\w{]|\.\d)")  # 2e-5 may be 2e - 5 in LaTeX
 LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
@@ -195,7 +200,12 @@ def plain_numbers(text: str, *, euler: bool = False) -> str:
             return match[0]
         return f"{Decimal(match[0]):f}" if abs(int(match[2])) <= 400 else "NaN"
 
-    text = CURRENCY.sub("", DASH.sub("-", text))
+    def with_exponent(match: re.Match) -> str:
+        number, *powers = match.groups()
+        power = int(next(filter(None, powers)).translate(SUPERSCRIPTS))
+        return f"{number}e{power:+05d}"  # with zeros, so that Euler's number cannot be meant
+
+    text = POWER_OF_TEN.sub(with_exponent, CURRENCY.sub("", DASH.sub("-", text)))
     return EXPONENT.sub(expand, GROUPED.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text))
 
 
@@ -214,8 +224,7 @@ def nearly_equal(library: Callable) -> Callable:
 
     Alone it rounds to six decimals, which makes all tiny numbers equal, and finds no integer equal to a float.
     """
-    from math_verify.grader import is_atomic_or_pct_atomic
-    from sympy import Float, Integer, N
+    from math_verify.grader import Float, Integer, is_atomic_or_pct_atomic
 
     def equal(a, b, *settings) -> bool:
         same = library(a, b, *settings)
@@ -224,7 +233,7 @@ def nearly_equal(library: Callable) -> Callable:
         try:
             if not same and not (a.has(Float) or b.has(Float)):
                 return False
-            x, y = N(a.doit()), N(b.doit())
+            x, y = a.doit().evalf(), b.doit().evalf()
             if not (x.is_finite and y.is_finite):
                 return same
             return bool(abs(x - y) <= (2e-5 if same else 1e-12) * max(abs(x), abs(y)))

@@ -8,6 +8,7 @@ A completion is untrusted input: parsing has limits, and text that does not pars
 import ast
 import operator
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -120,11 +121,16 @@ _WHOLE = (
     rf"|(?<!\d{_BLANK})[1-9]\d{{0,2}}(?P<b>{_BLANK})\d{{3}}(?!\d)(?:(?P=b)\d{{3}}(?!\d))*+"
     r"|\d++(?:_\d++)*+)"
 )
-_DECIMAL_COMMA = r"[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?+|\.\d{3},\d{1,2})(?!\d|[.,]\d)"  # 1.000.000, 1.234,50
+_DECIMAL_COMMA = (  # 1.000.000, 1.234,50 and 1 234,50
+    rf"(?:[1-9]\d{{0,2}}(?:(?:\.\d{{3}}){{2,}}(?:,\d+)?+|(?:\.\d{{3}}|(?:{_BLANK}\d{{3}})+),\d{{1,2}})(?!\d|[.,]\d))"
+)
+_VULGAR = "[¼-¾⅐-⅞]"
 _POWER = rf"(?:\^\s?(?:\{{\s?)?|\*\*(?=[-+\d]))(?P<power>(?:{_MINUS}|\+)?\d+)(?!\d|\.\d)"
 _SUPERSCRIPT = r"(?P<power>[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)"
 _NUMBER = regex.compile(
-    rf"(?:\\[dt]?frac\s*\{{\s*(?P<top>{_MINUS}?\d+)\s*\}}\s*\{{\s*(?P<bottom>[1-9]\d*)\s*\}}"
+    rf"(?:(?P<whole>\d{{1,9}}\s?)?\\[dt]?frac\s*\{{\s*(?P<top>{_MINUS}?\d+)\s*\}}\s*\{{\s*(?P<bottom>[1-9]\d*)\s*\}}"
+    rf"|(?P<whole>\d{{1,9}}\s?)?(?P<vulgar>{_VULGAR})"
+    rf"|(?P<whole>\d{{1,3}}){_BLANK}(?P<top>[1-9]\d?)/(?P<bottom>[1-9]\d?)(?![/\d]|[.,]\d)"
     rf"|(?<![./]){_WHOLE}{_BLANK}?/{_BLANK}?(?P<under>[1-9]\d*)(?![/\d]|[.,]\d)"
     rf"|(?:(?P<european>{_DECIMAL_COMMA})|(?P<plain>{_WHOLE}(?:\.\d++)?+|(?<!\w)\.\d++))"
     rf"(?:[eE](?P<e>(?:{_MINUS}|\+)?\d++)(?!\w|\.\d))?"
@@ -137,8 +143,8 @@ MAX_POWER = 400  # of a number's exponent; floats end at 308
 def final_number(text: str) -> Fraction | None:
     r"""Return a text's final number exactly, or None; `numeric_answer` says which number that is.
 
-    It reads 1,000.5, 1 000, 1_000, 1'000, 1,00,000, 1{,}000, 1.000.000, 1/2, \frac{1}{2}, 1e-5, 2 \times 10^{3}, 10^3.
-    Groups of three digits make one number ("5 100" is 5100); any other comma separates two, so "3,14" ends in 14.
+    It reads 1,000.5, 1 000, 1_000, 1'000, 1,00,000, 1{,}000, 1.000.000, 1/2, \frac{1}{2}, 3 1/2, 1e-5, 2 \times 10^{3},
+    10^3. Groups of three digits make one number ("5 100" is 5100); any other comma separates two: "3,14" ends in 14.
     A minus may stand before a currency (-$18). With a space after it, it is a sign where no difference is possible:
     "= - 5" ends in -5, "12 - 5" in 5. At the start of a line that is not the first, "- 5" is an item of a list.
 
@@ -162,12 +168,16 @@ def final_number(text: str) -> Fraction | None:
 
 def _size(match: regex.Match) -> Fraction | None:
     """Return the value of a match of _NUMBER; None beyond MAX_POWER."""
-    if match["bottom"]:
-        return Fraction(int(match["top"].translate(_TYPOGRAPHY)), int(match["bottom"]))
+    if match["bottom"] or match["vulgar"]:
+        if match["vulgar"]:
+            part = Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(10)
+        else:
+            part = Fraction(int(match["top"].translate(_TYPOGRAPHY)), int(match["bottom"]))
+        return part + int(match["whole"] or 0) if 0 < part < 1 else part
     if match["under"]:
         return Fraction(re.sub(r"\D", "", match[0].partition("/")[0])) / int(match["under"])
     if match["european"]:
-        size = Fraction(match["european"].replace(".", "").replace(",", "."))
+        size = Fraction(re.sub(r"[^\d,]", "", match["european"]).replace(",", "."))
     else:
         size = Fraction(re.sub(r"[^\d.]", "", match["plain"]))
     shift, power = (int(match[name].translate(_TYPOGRAPHY)) if match[name] else 0 for name in ("e", "power"))

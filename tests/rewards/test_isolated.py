@@ -75,6 +75,9 @@ def math():
         *[(f"#### {said}", "1000") for said in ("1 000", "1_000", "1\u202f000", "1'000", "1{,}000", r"1,\!000")],
         ("#### 1.000.000", "1,00,00,000/10"),
         ("#### 1 000.5", "1000.5"),
+        ("It is 3 × 10^8 m/s.", "3e8"),
+        ("#### 3×10⁸", r"3\times 10^{8}"),
+        (r"\boxed{2.5\cdot 10^{-3}}", "0.0025"),
     ],
 )
 def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
@@ -97,6 +100,9 @@ def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
         ("#### 0", "0.0000001"),
         (r"\boxed{\{0.0000001, 3\}}", r"\{0.0000002, 3\}"),
         ("23", "6.02e23"),
+        ("It is 3 × 10^8 m/s.", "8"),
+        ("It is 3 × 10^8 m/s.", "10"),
+        (r"\boxed{2^3\times 10^2}", "600"),
         ("6.02", "6.02e23"),
         ("#### 1e999", "1"),
         ("#### \u20135", "5"),
@@ -110,6 +116,16 @@ def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
 )
 def test_what_is_not_equal_scores_nothing(math, text, answer):
     assert math(text, answer) == 0.0
+
+
+def test_numbers_become_plain_digits_and_other_text_stays():
+    assert isolated.plain_numbers("\u20135, " r"$-1{,}000 + 2 - 3$, 1 000, 2e3, 1.5\times 10^{-3}") == (
+        r"-5, $-1{,}000 + 2 - 3$, 1000, 2000, 0.0015"
+    )
+    same = r"2e^3 + 2x - 7, (1, 2), f'(2), x_1, 3.5.1, 1990–2000, 4-2e, \frac{1}{3}\times 10^2, 5 2"
+    assert isolated.plain_numbers(same) == same
+    assert isolated.plain_numbers("2e-5 2e-05 3*10^-5", euler=True) == "2e-5 0.00002 0.00003"
+    assert isolated.plain_numbers("1e-999999999") == "NaN"
 
 
 def test_the_grader_of_the_subprocess_by_itself(math):
