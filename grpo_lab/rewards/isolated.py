@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -33,7 +34,9 @@ def math_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence,
 
     The final answer is the text after the last `####`, else what math-verify finds: \boxed{} (several close together
     are a set of answers), a formula, or the last number. The answer column holds LaTeX, with or without $, a number, or
-    a text that ends in one of these forms. Needs the package math-verify.
+    a text that ends in one of these forms. After `####`, Markdown is left out, and words after a number, such as a
+    unit. 1e-5 is 0.00001; where LaTeX is possible 2e-5 may also be 2e - 5, with Euler's number. Decimal numbers are
+    equal if they agree in six decimals and to 2 parts in 100,000. Needs the package math-verify.
     """
     grader = GraderProcess.of("math_verify")
     return [grader.score(c[-MAX_ANSWER:], str(a)) for c, a in zip(completions, answer, strict=True)]
@@ -152,23 +155,127 @@ class UnreadableError(Exception):
     """The reference answer cannot be read."""
 
 
+# Numbers that LaTeX reads as something else: 1e-5 is e - 5 there, 1 000 is 1 * 0, and an en dash is no minus.
+MINUS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+DASH = re.compile(rf"(?<![\w)\]}}.%])[{MINUS}](?=\s?[\d.$\\({{])|\u2212")
+CURRENCY = re.compile(r"[€£¥₹](?=\s?\d)")
+GROUPED = re.compile(
+    r"(?<![\w.,])(?:[1-9]\d{0,2}(?:[ \u00a0\u2009\u202f_'\u2019]\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,}|"
+    r"\d{1,2}(?:,\d{2})+,\d{3})(?![\d_]|[, ]\d)"
+)
+POWER_OF_TEN = re.compile(
+    r"(?<![\w.^/])(\d+(?:\.\d+)?|\.\d+)\s*(?:×|\\times|\\cdot|·|⋅|\*)\s*"
+    r"10(?:(?:\^|\*\*)(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))|([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+))(?!\d|\.\d)"
+)
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,9})(?![\w{]|\.\d)")
+EULER = re.compile(r"(?<![\w.])\d+e[-+][1-9]\d*(?![\w{]|\.\d)")  # 2e-5 may be 2e - 5 in LaTeX
+LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
+MARKUP = (
+    re.compile(r"(?<![\w)*])(\*\*|\*)(?=[^\s*])([^*]+)(?<=\S)\1(?![\w(*])"),
+    re.compile(r"(?<!\w)(__|_)(?=[^\s_])([^_]+)(?<=\S)\1(?!\w)"),
+    re.compile(r"(`{1,3})([^`]+)\1"),
+    re.compile(r"^(<)([^<>]+)>$"),
+    re.compile(r"^([\"'])([^\"']+)\1$"),
+)
+KNOWN = "and|or|sqrt|pi|sin|cos|tan|sec|csc|cot|log|ln|exp|arcsin|arccos|arctan|infty|infinity|mod"
+KNOWN += "|plus|minus|times|over|divided|squared|cubed|hundred|thousand|million|billion|trillion|dozen|half"
+FUNCTION = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|sec|csc|cot|log|ln|exp|arcsin|arccos|arctan|infty)(?![A-Za-z])")
+SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
+WORD = rf"(?!(?:{KNOWN})\b)(?:[A-Za-z]{{3,}}|(?:[kcm]m|kg|mg|ml|ft|lbs?|oz|hr|mph)(?:/[a-z]+)?)\b"
+PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN})\b)[A-Za-z]{{3,}}\b")
+COUNTED = re.compile(rf"\s*\\?\$?\s*([-+]?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+))(?: (?:{WORD})|[.,;:]?\s*$)")
+UNITS = re.compile(rf"(?<=[\d}})%$])(?:[\s/]+{WORD})+[.!]?\s*$")
+
+
+def plain_numbers(text: str, *, euler: bool = False) -> str:
+    """Return the text with its numbers as plain digits: 1e-5 as 0.00001, 1 000 as 1000, a dash before one as "-".
+
+    Args:
+        euler: leave "2e-5", which may be a difference with Euler's number.
+    """
+
+    def expand(match: re.Match) -> str:
+        if euler and EULER.fullmatch(match[0]):
+            return match[0]
+        return f"{Decimal(match[0]):f}" if abs(int(match[2])) <= 400 else "NaN"
+
+    def with_exponent(match: re.Match) -> str:
+        number, *powers = match.groups()
+        power = int(next(filter(None, powers)).translate(SUPERSCRIPTS))
+        return f"{number}e{power:+05d}"  # with zeros, so that Euler's number cannot be meant
+
+    text = POWER_OF_TEN.sub(with_exponent, CURRENCY.sub("", DASH.sub("-", text)))
+    return EXPONENT.sub(expand, GROUPED.sub(lambda match: re.sub(r"[^\d]", "", match[0]), text))
+
+
+def without_markup(formula: str) -> str:
+    """Return a formula without Markdown, and without the unit or the words after a leading number."""
+    formula = formula.strip()
+    for markup in MARKUP:
+        formula = markup.sub(r"\2", formula).strip()
+    if counted := COUNTED.match(formula):
+        return counted[1]
+    return UNITS.sub("", formula)
+
+
+def nearly_equal(library: Callable) -> Callable:
+    """Return the library's comparison of two numbers, which must also agree to 2 parts in 100,000.
+
+    Alone it rounds to six decimals, which makes all tiny numbers equal, and finds no integer equal to a float.
+    """
+    from math_verify.grader import Float, Integer, is_atomic_or_pct_atomic
+
+    def equal(a, b, *settings) -> bool:
+        same = library(a, b, *settings)
+        if same and all(is_atomic_or_pct_atomic(x, Integer) for x in (a, b)):
+            return True  # 9% for 9
+        try:
+            if not same and not (a.has(Float) or b.has(Float)):
+                return False
+            x, y = a.doit().evalf(), b.doit().evalf()
+            if not (x.is_finite and y.is_finite):
+                return same
+            return bool(abs(x - y) <= (2e-5 if same else 1e-12) * max(abs(x), abs(y)))
+        except (AttributeError, TypeError, ValueError):
+            return same  # not two numbers
+
+    return equal
+
+
 def math_grader(_: str) -> Callable[[str, str], float]:
     """Return a grader that compares with math-verify, its own time limits turned off."""
-    from math_verify import parse, verify
+    from math_verify import grader, parse, verify
 
-    def parse_answer(text: str) -> list:
+    grader.sympy_numeric_eq = nearly_equal(grader.sympy_numeric_eq)
+
+    def read(text: str) -> list:
+        return parse(text, parsing_timeout=None)
+
+    def read_formula(text: str) -> list:
+        """Read LaTeX without dollars, or a number among words."""
+        formula = without_markup(text)
+        if "\\" not in formula and PROSE.search(formula) and (found := read(formula)):
+            return found
+        formula = FUNCTION.sub(r"\\\1", SQRT.sub(r"\\sqrt{\1}", formula))
+        latex = read(f"${formula}$")
+        return latex if any(not isinstance(value, str) for value in latex) else read(formula) or latex
+
+    def parse_answer(text: str, bare: Callable[[str], list]) -> list:
         _, mark, after = text.rpartition("####")
-        if not mark and re.search(r"\$|\\boxed|\\\(|\\\[", text):
-            return parse(text, parsing_timeout=None)
-        formula = after.strip()
-        return parse(f"${formula}$", parsing_timeout=None) or parse(formula, parsing_timeout=None)
+        has_latex = not mark and LATEX.search(text) is not None
+        read_one = read_formula if mark else read if has_latex else bare
+        text = after if mark else text
+        readings = read_one(plain_numbers(text))
+        if EULER.search(text) and (has_latex or read_one is read_formula):
+            return readings + read_one(plain_numbers(text, euler=True))
+        return readings
 
     def grade(text: str, reference: str) -> float:
-        gold = parse_answer(reference)
+        gold = parse_answer(reference, read_formula)
         if not gold:
             raise UnreadableError(f"the answer column must hold LaTeX or numbers, got {reference[:60]!r}")
-        found = parse_answer(text) if "####" in text else parse(text, parsing_timeout=None)
-        return float(verify(gold, found, timeout_seconds=None))
+        return float(verify(gold, parse_answer(text, read), timeout_seconds=None))
 
     if grade(r"so it is \boxed{0.5}", r"\frac{1}{2}") != 1.0:
         raise ImportError("its check that 0.5 equals 1/2 failed")

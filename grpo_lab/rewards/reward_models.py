@@ -1,7 +1,8 @@
 """Reward models and reward functions behind one interface.
 
 A reward function is called as `f(prompts, completions, **columns)` and returns one number per completion, or None for a
-completion that it does not score. Models are wrapped into such functions.
+completion that it does not score. Arguments named `prompts` and `completions` get these wherever they stand, as in TRL.
+Models are wrapped into such functions.
 """
 
 import inspect
@@ -9,7 +10,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count, islice
@@ -200,8 +201,10 @@ def _call(function: Callable, name: str, prompts, completions, columns: dict[str
     size = len(completions)
 
     def evaluate() -> Any:
-        values = function(prompts, completions, **_accepted_columns(function, columns))
-        return list(islice(values, size + 1)) if isinstance(values, Iterable) else values
+        positional, named = _arguments(function, prompts, completions, columns)
+        values = function(*positional, **named)
+        without_order = isinstance(values, Mapping | Set | str | bytes) or hasattr(values, "columns")
+        return list(islice(values, size + 1)) if isinstance(values, Iterable) and not without_order else values
 
     try:
         values = _with_timeout(evaluate, f"the reward function {name!r} on {size} completions", timeout)
@@ -269,13 +272,41 @@ def _with_timeout(work: Callable[[], Any], what: str, timeout: float | None) -> 
     return outcome.result()
 
 
-def _accepted_columns(function: Callable, columns: dict[str, list]) -> dict[str, list]:
-    """Return the columns that the function accepts: all if it has **columns, else those it names."""
-    parameters = inspect.signature(function).parameters
-    for name, parameter in list(parameters.items())[2:]:
-        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # positional or keyword
-        if needed and name not in columns:
+def _arguments(function: Callable, prompts, completions, columns: dict[str, list]) -> tuple[list, dict[str, Any]]:
+    """Return the positional and the keyword arguments of a reward function.
+
+    A parameter `prompts` or `completions` gets these by name; else the first parameter is the prompts and the second
+    the completions. The columns are all that there are if it has **columns, else those it names.
+    Raises: LookupError for a parameter that is neither and has no default, or if it takes no completions.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in functions have none
+        return [prompts, completions], {}
+    both = {"prompts": prompts, "completions": completions}
+    has_dict = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name: values for name, values in (both | columns).items() if has_dict or name in parameters}
+    positional = []
+    places = [
+        p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if places and places[0].kind is places[0].VAR_POSITIONAL:
+        places *= 2  # f(*arguments)
+    for place, wanted in zip(places[:2], both, strict=False):
+        known = place.name in both or place.name in columns
+        optional = place.default is not place.empty
+        if place.name == wanted or not (known or optional or wanted in parameters):
+            positional.append(both[wanted])
+            named.pop(wanted, None)
+            named.pop(place.name, None)
+        else:
+            break
+    taken = [p.name for p in places[: len(positional)]]
+    for name, parameter in parameters.items():
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not variable and parameter.default is parameter.empty and name not in (*taken, *named):
             raise LookupError(f"it needs the column {name!r}, and the dataset has {', '.join(['prompt', *columns])}")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return columns
-    return {name: values for name, values in columns.items() if name in parameters}
+    guessed = len(positional) == 1 and taken[0] != "prompts" and "completions" not in parameters  # f(c, **columns)
+    if len(positional) < 2 and (guessed or "completions" not in named):
+        raise LookupError("it takes no completions: f(prompts, completions, **columns)")
+    return positional, named

@@ -8,6 +8,7 @@ A completion is untrusted input: parsing has limits, and text that does not pars
 import ast
 import operator
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -104,30 +105,103 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
     return [float(final_number(c) == gold) for c, gold in zip(completions, golds, strict=True)]
 
 
-# A minus right after a digit or a bracket is an operator, not a sign: "5-3" ends in 3.
+# Signs and spaces that texts contain, and what may stand between a sign and its digits: -$18, -\$18, -€5, -**5**.
+_MINUS = r"[-\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d]"
+_BLANK = r"[ \u00a0\u2009\u202f]"
+_CURRENCY = rf"(?:\\?\p{{Sc}}|US\\?\$|USD|EUR|GBP|JPY|CNY|INR|CHF|Rs\.?)(?:{_BLANK}|\\[, ])?"
+_SIGNED = regex.compile(rf"({_MINUS}|minus|negative)({_BLANK}?)[*_`{{]*(?:{_CURRENCY})?[*_`{{]*{_BLANK}?\Z", regex.I)
+# A minus with a space after it is a sign if nothing stands before it or one of these; "12 - 5" is a difference.
+_BEFORE_A_SPACED_SIGN = regex.compile(r"(?:\A|[=:(\[{<>≈≤≥*×/,$]|\\approx|\b(?:is|are|was|be|equals?|to))\s*\Z")
+
 # A long number is matched whole, because its last digits alone are another number. 3/4 is a fraction, 3/4/2020 is not.
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-_NUMBER = re.compile(
-    rf"(?:(?<![)\w.])[-\u2212])?\$?"
-    rf"(?:(?<![./]){_WHOLE}/[1-9]\d*(?![/\d]|[.,]\d)|{_WHOLE}(?:\.\d+)?|(?<!\w)\.\d+)(?!\d)"
+_SEPARATOR = r"(?:,|\{,\}|,?\\[,!;: ]|['\u2019])"
+_WHOLE = (
+    r"(?:\d{1,2}(?:,\d{2}(?!\d))++,\d{3}(?!\d|,\d)"  # 1,00,000, as in India
+    rf"|\d{{1,3}}(?P<s>{_SEPARATOR})\d{{3}}(?!\d)(?:(?P=s)\d{{3}}(?!\d))*+"
+    rf"|(?<!\d{_BLANK})[1-9]\d{{0,2}}(?P<b>{_BLANK})\d{{3}}(?!\d)(?:(?P=b)\d{{3}}(?!\d))*+"
+    r"|\d++(?:_\d++)*+)"
 )
+_DECIMAL_COMMA = (  # 1.000.000, 1.234,50 and 1 234,50
+    rf"(?:[1-9]\d{{0,2}}(?:(?:\.\d{{3}}){{2,}}(?:,\d+)?+|(?:\.\d{{3}}|(?:{_BLANK}\d{{3}})+),\d{{1,2}})(?!\d|[.,]\d))"
+)
+_VULGAR = "[¼-¾⅐-⅞]"
+_POWER = rf"(?:\^\s?(?:\{{\s?)?|\*\*(?=[-+\d]))(?P<power>(?:{_MINUS}|\+)?\d+)(?!\d|\.\d)"
+_SUPERSCRIPT = r"(?P<power>[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)"
+_NUMBER = regex.compile(
+    rf"(?:(?P<whole>\d{{1,9}}\s?)?\\[dt]?frac\s*\{{\s*(?P<top>{_MINUS}?\d+)\s*\}}\s*\{{\s*(?P<bottom>[1-9]\d*)\s*\}}"
+    rf"|(?P<whole>\d{{1,9}}\s?)?(?P<vulgar>{_VULGAR})"
+    rf"|(?P<whole>\d{{1,3}}){_BLANK}(?P<top>[1-9]\d?)/(?P<bottom>[1-9]\d?)(?![/\d]|[.,]\d)"
+    rf"|(?<![./]){_WHOLE}{_BLANK}?/{_BLANK}?(?P<under>[1-9]\d*)(?![/\d]|[.,]\d)"
+    rf"|(?:(?P<european>{_DECIMAL_COMMA})|(?P<plain>{_WHOLE}(?:\.\d++)?+|(?<!\w)\.\d++))"
+    rf"(?:[eE](?P<e>(?:{_MINUS}|\+)?\d++)(?!\w|\.\d))?"
+    rf"(?:(?P<ten>\s*(?:×|\\times|\\cdot|·|⋅|\*|[xX])\s*10)?(?:{_POWER}|{_SUPERSCRIPT}))?)(?!\d)"
+)
+_TYPOGRAPHY = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "0123456789+-" + "-" * 7)
+MAX_POWER = 400  # of a number's exponent; floats end at 308
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return a text's final number exactly, or None; `numeric_answer` says which number that is.
+    r"""Return a text's final number exactly, or None; `numeric_answer` says which number that is.
+
+    It reads 1,000.5, 1 000, 1_000, 1'000, 1,00,000, 1{,}000, 1.000.000, 1/2, \frac{1}{2}, 3 1/2, 1e-5, 2 \times 10^{3},
+    10^3. Groups of three digits make one number ("5 100" is 5100); any other comma separates two: "3,14" ends in 14.
+    A minus may stand before a currency (-$18). With a space after it, it is a sign where no difference is possible:
+    "= - 5" ends in -5, "12 - 5" in 5. At the start of a line that is not the first, "- 5" is an item of a list.
 
     >>> final_number("12 - 5 = 7"), final_number("#### $1,000"), final_number("a half, 1/2"), final_number("minus five")
     (Fraction(7, 1), Fraction(1000, 1), Fraction(1, 2), None)
     """
-    text = text[-MAX_TEXT:]
-    _, marker, after = text.rpartition("####")
-    found = _NUMBER.findall(after)
-    if not found:
+    _, marker, after = text[-MAX_TEXT:].rpartition("####")
+    if marker:
+        after = after.lstrip()
+        match = _NUMBER.search(after)
+    else:
+        end = next((i for i in range(len(after), 0, -1) if after[i - 1].isdecimal()), 0)
+        match = None
+        for match in _NUMBER.finditer(after, max(0, end - 10 * MAX_EXPRESSION)):  # noqa: B007 (the last one counts)
+            pass
+    if match is None or len(match[0]) > MAX_EXPRESSION:
         return None
-    number = found[0] if marker else found[-1]
-    if len(number) > MAX_EXPRESSION:
+    size = _size(match)
+    return -size if size is not None and _is_negative(after[: match.start()]) else size
+
+
+def _size(match: regex.Match) -> Fraction | None:
+    """Return the value of a match of _NUMBER; None beyond MAX_POWER."""
+    if match["bottom"] or match["vulgar"]:
+        if match["vulgar"]:
+            part = Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(10)
+        else:
+            part = Fraction(int(match["top"].translate(_TYPOGRAPHY)), int(match["bottom"]))
+        return part + int(match["whole"] or 0) if 0 < part < 1 else part
+    if match["under"]:
+        return Fraction(re.sub(r"\D", "", match[0].partition("/")[0])) / int(match["under"])
+    if match["european"]:
+        size = Fraction(re.sub(r"[^\d,]", "", match["european"]).replace(",", "."))
+    else:
+        size = Fraction(re.sub(r"[^\d.]", "", match["plain"]))
+    shift, power = (int(match[name].translate(_TYPOGRAPHY)) if match[name] else 0 for name in ("e", "power"))
+    if max(abs(shift), abs(power)) > MAX_POWER:
         return None
-    return Fraction(number.replace("\u2212", "-").replace(",", "").replace("$", ""))
+    size *= Fraction(10) ** shift
+    if match["ten"]:
+        return size * Fraction(10) ** power
+    if match["power"] is None:
+        return size
+    return None if size == 0 and power < 0 else size**power
+
+
+def _is_negative(before: str) -> bool:
+    """Return whether the text before a number ends with its sign, and not with the operator of a difference."""
+    near = before[-80:]
+    match = _SIGNED.search(near)
+    if match is None:
+        return False
+    near, word = near[: match.start()], match[1].lower()
+    if match[2] or word == "minus":
+        return _BEFORE_A_SPACED_SIGN.search(near) is not None
+    last = near[-1:]  # "5-3", "(2+5)-3" and "it is--3" end in 3
+    return not (last.isalnum() or last in tuple("_)]}.%") or regex.fullmatch(_MINUS, last))
 
 
 def marked_answer(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:

@@ -1,14 +1,18 @@
 """Fingerprints of data and weights, and the random state: what makes a resumed run the same run."""
 
+import copyreg
 import json
 import random
+import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_lab.models.adapters import is_adapted
 
@@ -21,11 +25,75 @@ FREE_TO_CHANGE = {
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """Return a short hash of all rows in their order, to detect a changed dataset."""
+    """Return a short hash of all rows in their order, to detect a changed dataset; the same in every process.
+
+    Raises: ValueError for a value without a stable form, such as a lambda, an open file or a list that holds itself.
+    """
     value = 0
-    for row in rows:
-        value = zlib.crc32(json.dumps(row, sort_keys=True, default=repr).encode(), value)
+    for i, row in enumerate(rows):
+        try:
+            text = json.dumps(_stable(row), sort_keys=True)
+        except Exception as error:  # an object's own __reduce__ may raise anything
+            raise ValueError(
+                f"row {i} of the training data holds a value that no other process could recognize, so the run could "
+                f"not be resumed: {str(error)[:120]}. Use texts, numbers, lists, dicts, sets or objects made of them."
+            ) from None
+        value = zlib.crc32(text.encode(), value)
     return f"{value:08x}"
+
+
+def _stable(value: Any) -> Any:
+    """Return JSON values that stand for a Python value: no addresses, and no order of a set."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_stable(element) for element in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: _stable(element) for key, element in value.items()}
+        return {"dict": _sorted([_stable(key), _stable(element)] for key, element in value.items())}
+    if isinstance(value, Set):
+        return {type(value).__name__: _sorted(_stable(element) for element in value)}
+    if isinstance(value, bytes | bytearray | Decimal | date | time | timedelta):
+        return repr(value)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return ["tensor", str(value.dtype), list(value.shape), zlib.crc32(content)]
+    if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        return ["array", value.dtype.str, list(value.shape), zlib.crc32(value.tobytes())]
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return [str(value.dtype), _stable(value.tolist())]
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return _name(value)
+    return _parts(value)
+
+
+def _sorted(elements: Iterable[Any]) -> list:
+    return sorted(elements, key=lambda element: json.dumps(element, sort_keys=True))
+
+
+def _name(value: Any) -> str:
+    """Return the name by which a class or function can be imported."""
+    found: Any = sys.modules.get(value.__module__)
+    for part in value.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        raise ValueError(f"{value.__qualname__} cannot be imported by its name")
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _parts(value: Any) -> list:
+    """Return the parts from which pickle would build an object again."""
+    reduce = copyreg.dispatch_table.get(type(value))
+    parts = reduce(value) if reduce else value.__reduce_ex__(2)
+    if isinstance(parts, str):  # the name of a global
+        return [type(value).__name__, parts]
+    made_by, arguments, state, elements, items = (*parts, *[None] * 3)[:5]
+    return [
+        _name(made_by),
+        _name(type(value)),
+        *map(_stable, (arguments, state, list(elements or ()), list(items or ()))),
+    ]
 
 
 def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:

@@ -267,7 +267,7 @@ FILES = {
         b'{"prompt": [{"role": "user"}]}', b'{"prompt": [{"role": "user", "content": null}]}', b'{"prompt": [[]]}',
         b'{"prompt": %s}' % DEEP, b'{"prompt": ' * 10**5, b'{"prompt": "a", "x": %s}' % DEEP,
         b'{"x":' * 99 + b"1" + b"}" * 99,
-        b'{"prompt": "a", "x": 1e999}', b'{"prompt": "a", "x": %s}' % (b"9" * 5000), b"x" * 10**7,
+        b'{"prompt": "a", "x": NaN}', b'{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}', b"x" * 10**7,
         b'{"prompt": "' + b"x" * 10**7,
     ],
     ".json": [
@@ -280,7 +280,7 @@ FILES = {
     ".csv": [
         b"", b"prompt", b"prompt\n", b'prompt\n"unclosed\n', b"a,b\n1,2,3\n4\n", b"\0\1\2",
         "prompt\ncaf\xe9".encode("latin-1"),
-        "prompt\na".encode("utf-16"), b"prompt\n\n\n", b"prompt\n1\n", b"prompt\nNA\n", b",,,\n,,,\n",
+        "prompt\na".encode("utf-16"), b"prompt\n\n\n", b",,,\n,,,\n", b"prompt\n,\n",
         b"prompt;answer\na;b\n",
         b"prompt\none, two, three\n", b"text\na\n", b"prompt,answer\na,1\n,2\n",
     ],

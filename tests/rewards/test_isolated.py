@@ -48,6 +48,36 @@ def math():
         ("It is $x = 3$.", "3"),
         (r"\boxed{10\%}", "0.1"),
         ("#### -4", "-4"),
+        *[
+            (f"#### {said}", "73")
+            for said in ("**73**", "73 dollars", "`73`", "*73*", "<73>", "__73__", "**73** books.")
+        ],
+        *[
+            (f"#### {said}", "12")
+            for said in ("12 books", "12 books and 3 pens", "The answer is 12.", "12 km/h", "$12")
+        ],
+        ("#### 12", "12 books"),
+        (r"#### \frac{1}{2} dollars", "0.5"),
+        ("#### 3 and 5", r"\{3, 5\}"),
+        ("#### no solution", "no solution"),
+        ("#### 2 pi", r"2\pi"),
+        ("#### 2 sqrt(3)", r"\sqrt{12}"),
+        (r"\boxed{1.6\times 10^{-19}}", r"1.6\times 10^{-19}"),
+        (r"\boxed{0.00000016}", r"1.6\times 10^{-7}"),
+        ("#### 0.033333", r"\frac{1}{30}"),
+        ("#### 0.00001", 1e-5),
+        (r"\boxed{1e-5}", "0.00001"),
+        ("#### 10000000000000000", 1e16),
+        ("it is 6.02e23", r"6.02\times 10^{23}"),
+        (r"\boxed{2e-5}", "2e - 5"),  # Euler's number
+        ("#### \u20135", "-5"),
+        ("#### -€5", "-5"),
+        *[(f"#### {said}", "1000") for said in ("1 000", "1_000", "1\u202f000", "1'000", "1{,}000", r"1,\!000")],
+        ("#### 1.000.000", "1,00,00,000/10"),
+        ("#### 1 000.5", "1000.5"),
+        ("It is 3 × 10^8 m/s.", "3e8"),
+        ("#### 3×10⁸", r"3\times 10^{8}"),
+        (r"\boxed{2.5\cdot 10^{-3}}", "0.0025"),
     ],
 )
 def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
@@ -65,10 +95,44 @@ def test_what_is_equal_as_mathematics_scores_one(math, text, answer):
         ("#### 4", "-4"),
         ("#### x^2 - 1", "x^2+1"),
         ("no idea", "7"),
+        (r"\boxed{1.6\times 10^{-19}}", r"6.63\times 10^{-34}"),
+        ("#### 0.0000002", "0.0000001"),
+        ("#### 0", "0.0000001"),
+        (r"\boxed{\{0.0000001, 3\}}", r"\{0.0000002, 3\}"),
+        ("23", "6.02e23"),
+        ("It is 3 × 10^8 m/s.", "8"),
+        ("It is 3 × 10^8 m/s.", "10"),
+        (r"\boxed{2^3\times 10^2}", "600"),
+        ("6.02", "6.02e23"),
+        ("#### 1e999", "1"),
+        ("#### \u20135", "5"),
+        ("#### 1 000", "0"),
+        ("#### 12 sqrt(3)", "12"),
+        ("#### 13 books", "12"),
+        ("#### 5 million", "5"),
+        (r"\boxed{\infty}", "0.5"),
+        ("#### 2x", "2"),
     ],
 )
 def test_what_is_not_equal_scores_nothing(math, text, answer):
     assert math(text, answer) == 0.0
+
+
+def test_numbers_become_plain_digits_and_other_text_stays():
+    assert isolated.plain_numbers("\u20135, " r"$-1{,}000 + 2 - 3$, 1 000, 2e3, 1.5\times 10^{-3}") == (
+        r"-5, $-1{,}000 + 2 - 3$, 1000, 2000, 0.0015"
+    )
+    same = r"2e^3 + 2x - 7, (1, 2), f'(2), x_1, 3.5.1, 1990–2000, 4-2e, \frac{1}{3}\times 10^2, 5 2"
+    assert isolated.plain_numbers(same) == same
+    assert isolated.plain_numbers("2e-5 2e-05 3*10^-5", euler=True) == "2e-5 0.00002 0.00003"
+    assert isolated.plain_numbers("1e-999999999") == "NaN"
+
+
+def test_the_grader_of_the_subprocess_by_itself(math):
+    grade = isolated.math_grader("")
+    assert grade(r"\boxed{1.6\times 10^{-19}}", r"6.63\times 10^{-34}") == 0.0
+    assert grade(r"\frac{1}{0}", "-4242.5") == 0.0  # infinite
+    assert grade("#### 0.00001", "1e-5") == grade("#### 73 dollars", "73") == grade("#### `73`", "73") == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:math-verify takes more than")

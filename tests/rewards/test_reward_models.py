@@ -155,6 +155,77 @@ def test_a_function_gets_the_columns_that_it_asks_for(reward, expected, name):
     assert list(scored.parts) == [name]
 
 
+def positional_only(prompts, completions, /, answer):
+    return matches(prompts, completions, answer)
+
+
+def turned(completions, prompts, **columns):
+    return [float(len(c)) + 10 * (p == "prompt 1") for c, p in zip(completions, prompts, strict=True)]
+
+
+def turned_with_a_column(answer, completions):
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def with_a_default(completions, solution=None):
+    return [float(len(c)) if solution is None else math.nan for c in completions]
+
+
+def by_keyword_alone(*, completions, prompts):
+    return turned(completions, prompts)
+
+
+def everything_by_name(**columns):
+    return turned(columns["completions"], columns["prompts"]) if "answer" in columns else []
+
+
+@functools.wraps(lengths)
+def wrapper(p, c):
+    return lengths(p, c)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (turned, [1.0, 12.0]),
+        (by_keyword_alone, [1.0, 12.0]),
+        (everything_by_name, [1.0, 12.0]),
+        (lambda completions, prompts: turned(completions, prompts), [1.0, 12.0]),
+        (lambda completions, **columns: turned(completions, columns["prompts"]), [1.0, 12.0]),
+        (lambda prompts, **columns: turned(columns["completions"], prompts), [1.0, 12.0]),
+        (lambda p, c: turned(c, p), [1.0, 12.0]),
+        (lambda p, c, **columns: turned(c, p), [1.0, 12.0]),
+        (lambda prompts, c: turned(c, prompts), [1.0, 12.0]),
+        (lambda p, completions: turned(completions, p), [1.0, 12.0]),
+        (lambda *both: turned(*both[::-1]), [1.0, 12.0]),
+        (lambda completions: lengths(None, completions), [1.0, 2.0]),
+        (functools.partial(lambda scale, completions: [scale * len(c) for c in completions], 2.0), [2.0, 4.0]),
+        (with_a_default, [1.0, 2.0]),
+        (turned_with_a_column, [0.0, 1.0]),
+        (positional_only, [0.0, 1.0]),
+        (wrapper, [1.0, 2.0]),
+    ],
+)
+def test_names_decide_the_order_of_the_arguments_and_places_where_there_are_none(reward, expected):
+    assert score(reward, columns={"answer": ["x", "bb"]}).total.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda texts, answer: [1.0, 1.0], "takes no completions"),  # as completions, the answers would be wrong
+        (lambda answer, texts: [1.0, 1.0], "needs the column 'texts'"),
+        (lambda completions, texts: [1.0, 1.0], "needs the column 'texts'"),
+        (lambda prompts, solution=None: [1.0, 1.0], "takes no completions"),
+        (lambda prompts: [1.0, 1.0], "takes no completions"),
+        (lambda c, **columns: [1.0, 1.0], "takes no completions"),
+    ],
+)
+def test_arguments_that_cannot_be_told_apart_are_refused(reward, message):
+    with pytest.raises(ValueError, match=message):
+        score(reward, columns={"answer": ["x", "bb"]})
+
+
 def test_several_functions_are_weighted_and_one_that_does_not_score_is_left_out():
     some = {"first": [1.0, None, None, 2.0], "second": [10.0, 10.0, math.nan, None]}
     rewards = [lambda prompts, completions, values=v: values for v in some.values()]
@@ -194,6 +265,10 @@ def returning(*values):
         (returning(1.0), "'reward' must return a list .*got 1.0"),
         (returning(None), "'reward' must return a list .*got None"),
         (returning([1.0]), "'reward' returned 1 values for 2 completions"),
+        (returning({0: 1.0, 1: 0.0}), r"'reward' must return a list .*got \{0: 1.0"),
+        (returning({1.0, 2.0}), r"'reward' must return a list .*got \{1.0"),
+        (returning({0: 1.0, 1: 0.0}.keys()), "'reward' must return a list .*got dict_keys"),
+        (returning(b"ab"), "'reward' must return a list .*got b'ab'"),
         (returning(count()), "'reward' returned 3 or more values for 2 completions"),
         (returning(1.0, 10**5000), "'reward' returned inf for the completion 'bb'"),
         (returning(1.0, "2"), "'reward' must return numbers or None, got '2'"),

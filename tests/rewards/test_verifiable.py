@@ -33,7 +33,37 @@ HOSTILE = [
     *["", " ", "\n", "3\n+5", "3;5", "3#5", "3*5+7=22", "=22", "twenty-two"],
     *["__import__('os').system('true')", "True", "print(22)", "[22]", "'22'", "lambda: 22", "(yield)"],
 ]
-PIECES = ["1", "-", "$", ",", ".", "#", "#### ", "1,", "1.", "1,111", ",111", "-$", "1,234,", "٣", " "]
+PIECES = [
+    "1e",
+    "1e5",
+    "1 ",
+    "1 000 ",
+    "1_",
+    "2^",
+    "1 /",
+    "10*",
+    "- ",
+    "-€",
+    r"\frac{",
+    "1,00,",
+    "1.000",
+    "1.000.",
+    "1",
+    "-",
+    "$",
+    ",",
+    ".",
+    "#",
+    "#### ",
+    "1,",
+    "1.",
+    "1,111",
+    ",111",
+    "-$",
+    "1,234,",
+    "٣",
+    " ",
+]
 LONG_TEXT = [
     *[piece * 10**6 for piece in PIECES],
     *[start + ",111" * 10**5 + end for start in ("1", "-$1", "1234") for end in ("", "1", "x", ".")],
@@ -172,6 +202,75 @@ def test_no_text_raises(text):
         ("1" + "0" * 40, str(10**40)),  # whole, not its last digits
         ("0." + "3" * 40, "0." + "3" * 40),
         ("9" * 200, None),  # no answer has 200 digits
+        # powers of ten
+        ("1e-05", "1/100000"),
+        ("so it is 1.5E+03.", "1500"),
+        ("2e\u22123", "1/500"),
+        ("-5e-3", "-1/200"),
+        ("6.02e23", "6.02e23"),
+        ("1e999", None),  # beyond every float
+        ("1e5b", "5"),  # no exponent
+        (r"1.5\times 10^{3}", "1500"),
+        ("1.5 × 10^-3", "3/2000"),
+        ("1.5·10³", "1500"),
+        ("1.5*10**3", "1500"),
+        ("7 * 10 = 70", "70"),
+        (r"10^{-2}", "1/100"),
+        ("2^10", "1024"),
+        ("0^-1", None),
+        (r"90^\circ", "90"),
+        (r"-\frac{1}{2}", "-1/2"),
+        (r"\dfrac{-1}{2}", "-1/2"),
+        ("1 / 2", "1/2"),
+        # signs apart from their digits
+        (r"#### -\$18", "-18"),
+        ("#### - 5", "-5"),
+        ("- 5", "-5"),
+        ("\u20135", "-5"),  # an en dash
+        ("\uff0d5", "-5"),
+        ("-€5", "-5"),
+        ("-$ 5", "-5"),
+        ("- $5", "-5"),
+        ("-US$5", "-5"),
+        ("x = - 5", "-5"),
+        ("it is - 5", "-5"),
+        ("-**5**", "-5"),
+        ("#### minus 5", "-5"),
+        ("negative 5", "-5"),
+        ("x - 5", "5"),
+        ("12 minus 5", "5"),
+        ("$20-$18", "18"),
+        ("1990\u20132000", "2000"),
+        ("it is--5", "5"),  # a dash
+        ("50%-3", "3"),
+        ("these:\n- 3\n- 5", "5"),  # a list
+        # groups
+        ("the sum is 1 000", "1000"),
+        ("1 234 567.5", "1234567.5"),
+        ("1\u202f000", "1000"),
+        ("1\u00a0000", "1000"),
+        ("#### 1 000 apples", "1000"),
+        ("1_000", "1000"),
+        ("1_00", "100"),
+        ("1{,}000", "1000"),
+        (r"10,\!000", "10000"),
+        (r"1\,000\,000.5", "1000000.5"),
+        ("12'000", "12000"),
+        ("12\u2019000", "12000"),
+        ("1,00,000", "100000"),
+        ("12,34,567.5", "1234567.5"),
+        ("1.000.000", "1000000"),
+        ("1.234,50", "1234.5"),
+        ("#### 12 345,67", "12345.67"),
+        ("#### 3 1/2 cups", "7/2"),  # mixed numbers
+        (r"-3\frac{1}{2}", "-7/2"),
+        ("3½", "7/2"),
+        ("½", "1/2"),
+        ("1⅔", "5/3"),
+        ("3 5/2", "5/2"),  # not mixed
+        ("1 2 300", "300"),  # a list
+        ("in 2020 100", "100"),
+        ("1 0000", "0"),
     ],
     ids=lambda value: ascii(value[:20]) if value else "none",
 )
@@ -195,6 +294,27 @@ def test_a_numeric_answer_compares_values_not_spellings():
     assert numeric_answer(["?"] * 3, ["0.1", "-3", "4"], answer=[0.1, -3, "2+2=4 #### 4"]) == [1.0, 1.0, 1.0]
     fractions = ["#### 1/2", "0.5", "#### 1", "2"]
     assert numeric_answer(["?"] * 4, fractions, answer=["1/2"] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_number_is_not_its_exponent_and_not_without_its_sign():
+    assert numeric_answer(["?"] * 2, ["0.00001", "5"], answer=[1e-5] * 2) == [1.0, 0.0]
+    assert numeric_answer(["?"] * 2, ["10000000000000000", "16"], answer=[1e16] * 2) == [1.0, 0.0]
+    assert numeric_answer(["?"] * 2, ["6.02e23", "23"], answer=["6.02e23"] * 2) == [1.0, 0.0]
+    assert numeric_answer(["?"] * 2, [r"#### -\$18", "#### - 5"], answer=["18", "5"]) == [0.0, 0.0]
+    assert numeric_answer(["?"] * 2, [r"#### -\$18", "#### - 5"], answer=["-18", "-5"]) == [1.0, 1.0]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+@settings(deadline=None, max_examples=50)
+def test_every_float_is_read_back(x):
+    assert final_number(f"x = {x}") == Fraction(str(x))
+
+
+@pytest.mark.parametrize("separator", [",", " ", "\u00a0", "\u202f", "_", "'", "{,}", r"\,"])
+@given(st.integers(-(10**12), 10**12))
+@settings(deadline=None, max_examples=20)
+def test_every_grouped_integer_is_read_back(separator, n):
+    assert final_number(f"it is {n:,}.".replace(",", separator)) == n
 
 
 @pytest.mark.parametrize("text", LONG_TEXT, ids=lambda text: ascii(text[:8]))

@@ -1,5 +1,7 @@
 """Prompts from files and the Hub: what is loaded, and the errors about bad files."""
 
+import csv
+
 import datasets
 import pytest
 from conftest import CHAT
@@ -33,7 +35,7 @@ def file(tmp_path, monkeypatch):
 def test_files_of_every_format_are_loaded(file, name, content):
     dataset = load_prompts(file(name, content))
     assert list(dataset["prompt"]) == ["2+2=", "was ist ½?"]
-    assert name == "p.txt" or list(dataset["answer"]) == [4, None]
+    assert name == "p.txt" or list(dataset["answer"]) == (["4", None] if name == "p.csv" else [4, None])
 
 
 def test_parquet_and_chats_are_loaded(file, tmp_path):
@@ -65,7 +67,15 @@ def test_the_prompts_may_be_in_another_column(file):
         ("p.parquet", "hello", "could not read the dataset .*p.parquet: Parquet"),
         ("p.jsonl", '{"question": "a"}\n', "p.jsonl has no column 'prompt', only question. Name the right one"),
         ("p.csv", "prompt,answer\na,1\n,2\n", "p.csv: prompt 1 must be a string .*got None"),
-        ("p.csv", "prompt,answer\n22,1\n", "p.csv: prompt 0 must be a string .*got 22"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 22}\n', "p.jsonl: prompt 1 must be a string .*got 22"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "x": [1]}\n{"prompt": "a", "x": 1}',
+            "p.jsonl: the column 'x' mixes types: .*list",
+        ),
+        ("p.jsonl", '{"prompt": "a", "x": NaN}', "p.jsonl: NaN is not a JSON number"),
+        ("p.csv", 'prompt\n"a\n', "p.csv: unexpected end of data"),
+        ("p.csv", "prompt,prompt\na,b\n", "p.csv: two columns have the name 'prompt'"),
         ("p.jsonl", '{"prompt": " "}\n', "p.jsonl: prompt 0 is empty"),
         ("p.csv", "prompt,answer\n", "p.csv is empty: at least one prompt is needed"),
         ("P.JSONL", "", "P.JSONL is empty: at least one prompt is needed"),
@@ -75,6 +85,58 @@ def test_a_bad_file_is_named_with_its_problem_in_one_sentence(file, name, conten
     with pytest.raises(ValueError, match=problem) as caught:
         load_prompts(file(name, content))
     assert "\n" not in str(caught.value)
+
+
+LARGE = "123456789012345678901234567890"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "answers"),
+    [
+        ("p.csv", "prompt,answer\na,5\nb,2.5\n", ["5", "2.5"]),
+        ("p.csv", "prompt,answer\na,007\n", ["007"]),
+        ("p.csv", "prompt,answer\na,2.50\nb,0.00001\n", ["2.50", "0.00001"]),
+        ("p.csv", "prompt,answer\na,None\nb,NA\nc,null\nd,nan\ne,True\n", ["None", "NA", "null", "nan", "True"]),
+        ("p.csv", f"prompt,answer\na,{LARGE}\nb,2024-01-01\n", [LARGE, "2024-01-01"]),
+        ("p.csv", 'prompt,answer\r\na,"x, ""y""\nz"\r\n', ['x, "y"\nz']),
+        ("p.jsonl", '{"prompt": "a", "answer": 5}\n{"prompt": "b", "answer": 2.5}\n', ["5", "2.5"]),
+        ("p.jsonl", '{"prompt": "a", "answer": 5}\n{"prompt": "b", "answer": "five"}\n', ["5", "five"]),
+        ("p.jsonl", '{"prompt": "a", "answer": 5}\n{"prompt": "b", "answer": 6}\n', [5, 6]),
+        ("p.jsonl", '{"prompt": "a", "answer": 2.5}\n{"prompt": "b", "answer": 0.1}\n', [2.5, 0.1]),
+        ("p.jsonl", '{"prompt": "a", "answer": 2.50}\n', ["2.50"]),
+        ("p.jsonl", '{"prompt": "a", "answer": 0.00001}\n', ["0.00001"]),
+        ("p.json", '[{"prompt": "a", "answer": 12345678901234567}, {"prompt": "a", "answer": 2.5}]',
+         ["12345678901234567", "2.5"]),
+        ("p.jsonl", f'{{"prompt": "a", "answer": {LARGE}}}\n', [LARGE]),
+        ("p.jsonl", f'{{"prompt": "a", "answer": {"9" * 5000}}}\n', ["9" * 5000]),
+        ("p.jsonl", '{"prompt": "a", "answer": 1e999}\n', ["1e999"]),
+        ("p.jsonl", '{"prompt": "a", "answer": "2024-01-01"}\n', ["2024-01-01"]),
+        ("p.json", '[{"prompt": "a", "answer": true}, {"prompt": "a", "answer": 1}]', ["true", "1"]),
+        ("p.json", '[{"prompt": "a", "answer": [5, 2.5, null]}]', [["5", "2.5", None]]),
+        ("p.json", '[{"prompt": "a", "answer": [5, 2]}]', [[5, 2]]),
+        ("p.json", '[{"prompt": "a", "answer": {"x": 1, "y": 2}}, {"prompt": "a", "answer": {"x": 1.5, "y": 2}}]',
+         [{"x": "1", "y": 2}, {"x": "1.5", "y": 2}]),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_stays_as_it_says_it(file, name, content, answers):
+    dataset = load_prompts(file(name, content), answer_column="answer")
+    found = list(dataset["answer"])
+    assert found == answers
+    assert [type(value) for value in found] == [type(value) for value in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.jsonl", '{"prompt": "2024-01-01"}'), ("p.csv", "prompt\n2024-01-01\n")]
+)
+def test_a_prompt_that_looks_like_a_date_or_a_number_is_a_text(file, name, content):
+    assert list(load_prompts(file(name, content))["prompt"]) == ["2024-01-01"]
+    assert list(load_prompts(file(name, content.replace("2024-01-01", "22")))["prompt"]) == ["22"]
+
+
+def test_a_long_cell_is_read_and_the_limit_of_other_readers_stays(file):
+    limit = csv.field_size_limit()
+    assert load_prompts(file("p.csv", "prompt\n" + "x" * 200_000))[0] == {"prompt": "x" * 200_000}
+    assert csv.field_size_limit() == limit
 
 
 def test_a_missing_file_is_not_searched_on_the_hub(monkeypatch):

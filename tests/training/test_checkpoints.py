@@ -5,9 +5,15 @@ import math
 import os
 import pickle
 import random
+import re
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -241,6 +247,86 @@ def test_a_fingerprint_notices_every_change_of_the_prompts():
     prints = [run_state.fingerprint(prompts) for prompts in versions]
     assert len(set(prints)) == len(versions)
     assert run_state.fingerprint(iter(["a", "b"])) == prints[0] == "ecade699"  # pinned: old runs depend on it
+
+
+@dataclass
+class Board:
+    size: int
+    marks: set
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+VALUES = {
+    "tuple keys": lambda x: {(0, x): 1, (1, 0): 2},
+    "mixed keys": lambda x: {1: x, "b": 2},
+    "keys that are numbers": lambda x: {1: x},
+    "set": lambda x: {"four", "4", f"a{x}"},
+    "nested sets": lambda x: {frozenset({"a", "b", f"c{x}"}), frozenset({"d", "e"})},
+    "dataclass": lambda x: Board(x, {"a", "b", "c"}),
+    "object": lambda x: Plain({"a", "b", f"c{x}"}),
+    "no content": lambda x: [object()] * x,
+    "bytes": lambda x: bytes(x),
+    "tensor": lambda x: torch.arange(5000) * (torch.arange(5000) == 2500) * x,  # its repr leaves out the middle
+    "bfloat16": lambda x: torch.tensor(x, dtype=torch.bfloat16),
+    "array": lambda x: numpy.arange(5000) * (numpy.arange(5000) == 2500) * x,
+    "array of objects": lambda x: numpy.array([{"a", "b", f"c{x}"}, None], dtype=object),
+    "numpy number": lambda x: numpy.float32(x),
+    "fraction": lambda x: Fraction(x, 7),
+    "decimal": lambda x: Decimal(x),
+    "date": lambda x: datetime(2024, 1, x),
+    "pattern": lambda x: re.compile("a" * x),
+    "function": lambda x: [numpy.sin, Board, len][x % 2 :],
+}
+
+
+@pytest.mark.parametrize("make", VALUES.values(), ids=VALUES)
+def test_a_fingerprint_notices_changes_in_python_objects(make):
+    rows = [{"prompt": "a", "column": make(x)} for x in (1, 2)]
+    again = {"prompt": "a", "column": make(1)}
+    one, two, same = (run_state.fingerprint([row]) for row in (*rows, again))
+    assert one == same != two
+
+
+def test_a_fingerprint_of_python_objects_is_the_same_in_another_process():
+    code = f"import {__name__} as t\nprint(t.fingerprints_of_values())"
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))
+    other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"PYTHONHASHSEED": other, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout == f"{fingerprints_of_values()}\n", done.stderr
+
+
+def fingerprints_of_values():
+    return [run_state.fingerprint([make(3)]) for make in VALUES.values()]
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_a_set():
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other)
+    assert run_state.fingerprint([one]) == run_state.fingerprint([other])
+
+
+def test_a_text_and_a_number_as_keys_are_not_the_same_data():
+    assert run_state.fingerprint([{1: "a"}]) != run_state.fingerprint([{"1": "a"}])
+
+
+itself: list = []
+itself.append(itself)
+
+
+@pytest.mark.parametrize("value", [lambda x: x, (i for i in ()), itself, threading.Lock()], ids=str)
+def test_a_value_without_a_stable_form_is_refused_in_a_sentence(value):
+    with pytest.raises(
+        ValueError, match=r"^row 1 of the training data holds a value .* could not be resumed: "
+    ) as caught:
+        run_state.fingerprint([{"prompt": "a"}, {"prompt": "a", "column": value}])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_only_goes_on_with_the_settings_and_data_it_had():
