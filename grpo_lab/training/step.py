@@ -261,7 +261,10 @@ def update(c: Components, batch: Batch, step: int) -> dict[str, float]:
     Args:
         step: its number, for messages.
     """
-    return apply_gradients(c, batch, accumulate_gradients(c, batch), step)
+    gradients = accumulate_gradients(c, batch)
+    if step == 1:
+        check_first_step(c, gradients)
+    return apply_gradients(c, batch, gradients, step)
 
 
 def accumulate_gradients(c: Components, batch: Batch) -> Gradients:
