@@ -166,8 +166,8 @@ class GRPOTrainer:
         return step.sample_completions(self.components, prompts, uniforms, num_generations, **truncation)
 
     def decode(self, rollouts: Rollouts) -> list[str]:
-        """Return the completions as text, without special tokens."""
-        return step.decode(self.tokenizer, rollouts)
+        """Return the completions as text, without the end token; special tokens only if the config keeps them."""
+        return step.decode(self.components, rollouts)
 
     def evaluate(self, dataset=None, *, num_generations: int | None = None) -> dict[str, float]:
         """Measure how often the answer is right: greedily, and sampled as in training, with 95 % intervals.
