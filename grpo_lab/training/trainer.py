@@ -80,7 +80,8 @@ class GRPOTrainer:
         rollouts = self.order.batches_per_epoch * config.num_epochs
         self.total_steps = config.max_steps or rollouts * config.num_iterations
         self.components = make_components(
-            model, ref_model, reward_model, tokenizer, config, self.train_dataset, total_steps=self.total_steps,
+            model, ref_model, reward_model, tokenizer, config, (self.train_dataset, self.eval_dataset),
+            total_steps=self.total_steps,
             accelerator=self.accelerator, precision=self.precision, processes=self.processes,
         )  # fmt: skip
 
