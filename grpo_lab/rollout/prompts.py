@@ -146,8 +146,8 @@ def encode_texts(tokenizer, texts: list[str], *, for_completion: bool = False) -
     before, after = whole[:start], whole[start + size :]
     # What ends a text, </s> or [SEP], would stand before every completion. But some models begin to write behind their
     # first token, and their tokenizer puts it after the text (ChatGLM: "[gMASK] <sop>").
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
-    if for_completion and after and (after[-1] in ends or after[-1] != tokenizer.bos_token_id):
+    begin, *ends = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "pad"))
+    if for_completion and after and (after[-1] in ends or after[-1] != begin):
         after = []
     whole = [[*(() if ids[:start] == before else before), *ids, *after] for ids in plain]
     return [ids if of_text or not for_completion else [] for ids, of_text in zip(whole, plain, strict=True)]

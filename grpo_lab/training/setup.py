@@ -8,7 +8,7 @@ from itertools import chain, islice
 from operator import itemgetter
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_lab.hardware.processes import Processes
 from grpo_lab.rewards.reward_models import CausalLMReward, RewardModel, Rewards, SequenceClassifierReward
@@ -50,6 +50,7 @@ def make_components(
         datasets: for training, and for evaluation or None.
     Raises: ValueError, with the cure, for what cannot work.
     """
+    make_savable(model)
     models = prepare_models(
         model, ref_model, config, device=accelerator.device, precision=precision, processes=processes
     )
@@ -76,6 +77,14 @@ def make_components(
         end_ids=end_token_ids(models.trained, tokenizer), pad_id=pad_token_id(tokenizer, models.trained),
         rollout_batch_size=size,
     )  # fmt: skip
+
+
+def make_savable(model: nn.Module) -> None:
+    """Turn tensors among the generation settings, such as the ids that end a text, into what JSON can hold."""
+    settings = getattr(model, "generation_config", None)
+    for name, value in list(vars(settings).items()) if settings is not None else ():
+        if isinstance(value, Tensor):
+            setattr(settings, name, value.tolist())
 
 
 def check_dataset(dataset, name: str, tokenizer, model: nn.Module, rewards: Rewards, max_new_tokens: int) -> int:

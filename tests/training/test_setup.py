@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model
 from tokenizers import pre_tokenizers
 from trainers import PROMPTS, likes_threes, make_trainer
+from transformers import GenerationConfig
 
 from grpo_lab import GRPOConfig, GRPOTrainer, SimplePromptDataset
 from grpo_lab.rollout.prompts import encode_prompts
@@ -142,3 +143,13 @@ def test_rewards_see_a_text_without_its_end_and_with_special_tokens_if_asked(tmp
     mask = torch.arange(4) < lengths[:, None]
     rollouts = Rollouts(ids, ids.clamp(max=1), mask, mask.float(), None, mask[:, -1])
     assert run.decode(rollouts) == ["<think>42" if keep else "42", "42", "4242", ""]
+
+
+@pytest.mark.parametrize("ends", [(1, 4), torch.tensor([1, 4]), torch.tensor(4)], ids=repr)
+def test_a_model_whose_end_ids_are_a_tensor_is_trained_and_saved(tmp_path, ends):
+    model = tiny_model()
+    model.generation_config.eos_token_id = ends
+    run = make_trainer(tmp_path, model=model, max_steps=1)
+    assert run.components.end_ids == [1, 4]
+    run.train()
+    assert GenerationConfig.from_pretrained(tmp_path / "final_model").eos_token_id in ([1, 4], 4)
