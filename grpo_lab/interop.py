@@ -124,6 +124,8 @@ def _refused(config: GRPOConfig) -> Iterator[str]:
         "top_k": c.top_k > 0 and "TRL samples from these tokens but scores over all tokens, so its ratio and KL belong "
         "to another distribution. Set top_k=0; if you accept that, to_trl(config.replace(top_k=0), top_k=...)",
         "top_p": c.top_p < 1 and "as for top_k: TRL's log-probabilities are over all tokens. Set top_p=1.0",
+        "keep_special_tokens": c.keep_special_tokens and "TRL takes special tokens out of what reward functions get. "
+        "Set keep_special_tokens=False",
         "gamma": c.gamma < 1 and "TRL gives every token the whole advantage. Set gamma=1.0",
         "baseline": c.baseline != "mean" and 'TRL subtracts the mean of the group. Set baseline="mean", or use '
         "trl.RLOOTrainer for leave-one-out (without a std, it is K / (K - 1) times the same advantage)",

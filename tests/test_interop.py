@@ -75,6 +75,7 @@ def test_what_has_a_name_there_has_the_same_value(ours, theirs):
 REFUSED = [
     ({"top_k": 50}, "top_k", {"top_k": 0}),
     ({"top_p": 0.9}, "top_p", {"top_p": 1.0}),
+    ({"keep_special_tokens": True}, "keep_special_tokens", {"keep_special_tokens": False}),
     ({"gamma": 0.99}, "gamma", {"gamma": 1.0}),
     ({"baseline": "leave-one-out"}, "baseline", {"baseline": "mean"}),
     ({"baseline": "none", "scale_rewards": "none"}, "baseline", {"baseline": "mean"}),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from grpo_lab.models.forward import evaluating
 from grpo_lab.rewards.verifiable import RewardFunction
-from grpo_lab.rollout.prompts import Prompt, chat_text, encode_prompt
-from grpo_lab.rollout.sampling import left_pad, pad_token_id
+from grpo_lab.rollout.prompts import Prompt, chat_text, encode_prompt, encode_texts
+from grpo_lab.rollout.sampling import context_of, left_pad, pad_token_id
 from grpo_lab.rollout.scoring import completion_logprobs
 
 LARGEST_REWARD = 1e15  # its square, in a standard deviation, still fits into float32
@@ -49,13 +49,16 @@ class SequenceClassifierReward:
                 "Load it with num_labels=1."
             )
         self.model, self.tokenizer, self.__name__ = model, tokenizer, "reward_model"
-        self.pad_id = model.config.pad_token_id
+        pad = model.config.pad_token_id
+        known = model.get_input_embeddings().weight.shape[0]
+        self.pad_id = pad if pad is not None and 0 <= pad < known else None  # some configs say -1 for none
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """Return one logit per completion."""
         fill = pad_token_id(self.tokenizer, self.model)
         rows = [self._ids(p, c) or [fill] for p, c in zip(prompts, completions, strict=True)]
+        _check_positions(self, rows)
         width = max(map(len, rows))
         pad = self.pad_id
         if pad is None:
@@ -73,12 +76,18 @@ class SequenceClassifierReward:
 
     def _ids(self, prompt: Prompt, completion: str) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt + completion)["input_ids"]
+            return encode_texts(self.tokenizer, [prompt + completion])[0]
+        if prompt[-1]["role"] == "assistant":  # the completion goes on with its words
+            prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
         chat = [*prompt, {"role": "assistant", "content": completion}]
         if self.tokenizer.chat_template is None:
             return self.tokenizer("\n".join(message["content"] for message in chat))["input_ids"]
         text = chat_text(self.tokenizer, chat)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
+
+    def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raise ValueError for a prompt that leaves the model no room for a completion."""
+        _check_positions(self, [self._ids(prompt, "") or [0] for prompt in prompts], max_new_tokens)
 
 
 class CausalLMReward:
@@ -108,6 +117,7 @@ class CausalLMReward:
         end = self.tokenizer.eos_token_id
         ends = [pad_token_id(self.tokenizer, self.model) if end is None else end]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or ends for c in completions]
+        _check_positions(self, [head + tail for head, tail in zip(heads, tails, strict=True)])
         device = next(self.model.parameters()).device
         pad, longest = pad_token_id(self.tokenizer, self.model), max(map(len, tails))
         head_ids, head_mask = left_pad(heads, pad)
@@ -117,6 +127,32 @@ class CausalLMReward:
         with evaluating(self.model):
             logprobs = completion_logprobs(self.model, input_ids.to(device), mask.to(device), longest).cpu()
         return ((logprobs * tail_mask).sum(1) / tail_mask.sum(1)).tolist()
+
+    def check_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raise ValueError for a prompt that leaves the model no room for a completion."""
+        _check_positions(self, [encode_prompt(self.tokenizer, prompt) for prompt in prompts], max_new_tokens)
+
+
+def _check_positions(reward, rows: Sequence[Sequence[int]], max_new_tokens: int = 0) -> None:
+    """Raise ValueError if a text has more tokens than the reward's model has positions, or tokens unknown to it."""
+    model = reward.model
+    longest, highest, known = max(map(len, rows)), max(map(max, rows)), model.get_input_embeddings().weight.shape[0]
+    positions = context_of(model)
+    for module in model.modules():  # RoBERTa's positions are counted from behind its padding id
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions != known and module.padding_idx:
+            positions -= module.padding_idx + 1
+            break
+    if highest >= known:
+        raise ValueError(
+            f"the tokenizer gives token {highest}, but the reward model knows only {known}. Wrap it with its own "
+            f"tokenizer: {type(reward).__name__}(model, tokenizer)."
+        )
+    if positions and longest + max_new_tokens > positions:
+        more = f" and max_new_tokens {max_new_tokens}" if max_new_tokens else " with its completion"
+        raise ValueError(
+            f"a prompt of {longest} tokens{more} does not fit into the {positions} positions of the reward model. "
+            "Shorten the prompts or lower --max-new-tokens, in a new run, or take another reward model."
+        )
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ One uniform number per token is drawn before sampling starts, so a completion de
 of numbers: not on other rows, the batch size, or the order in which rows finish.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def check_context(model: nn.Module, prompts: Sequence, ids: Sequence[Sequence[in
         prompts: named in the error.
         ids: the token ids of each prompt.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     known = model.get_input_embeddings().weight.shape[0]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if max(tokens) >= known:
@@ -120,25 +121,40 @@ def check_context(model: nn.Module, prompts: Sequence, ids: Sequence[Sequence[in
                 f"{known}. Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))."
             )
         if context and len(tokens) + max_new_tokens > context:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens and max_new_tokens {max_new_tokens} do not fit "
-                f"into the model's context of {context}: {str(prompt)[:60]!r}. "
-                "Shorten the prompt or lower --max-new-tokens."
-            )
+            raise too_long(prompt, f"{len(tokens)} tokens", max_new_tokens, context)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Return the positions that the model has, in tokens; None if its config names no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def too_long(prompt: Any, size: str, max_new_tokens: int, context: int) -> ValueError:
+    """Return the error for a prompt that leaves no room for a completion.
+
+    Args:
+        size: of the prompt, in words.
+    """
+    return ValueError(
+        f"a prompt of {size} and max_new_tokens {max_new_tokens} do not fit into the model's context of {context}: "
+        f"{str(prompt)[:60]!r}. Shorten the prompt or lower --max-new-tokens, in a new run: one that is resumed must "
+        "keep both."
+    )
 
 
 def pad_token_id(tokenizer, model: nn.Module) -> int:
     """Return an id for padding. Padding is masked everywhere, so any id that the model has will do."""
     known = model.get_input_embeddings().weight.shape[0]  # an id that was added only to the tokenizer has no embedding
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in candidates if i is not None and i < known)
+    return next(i for i in candidates if i is not None and 0 <= i < known)  # some configs say -1 for none
 
 
 def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
     """Return all ids that end a completion: the model's (chat models have several) and the tokenizer's."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
+    ids = ids if isinstance(ids, Iterable) else [ids]
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None and i >= 0})
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:

@@ -36,6 +36,9 @@ class GRPOConfig:
     """Sample among the k likeliest tokens; 0 turns it off. Scoring uses the same set."""
     top_p: float = 0.9
     """Sample among the likeliest tokens that make up this probability; 1.0 turns it off. Scoring uses the same set."""
+    keep_special_tokens: bool = False
+    """Leave special tokens, such as <think> in some tokenizers, in the text that reward functions and
+    completions.jsonl get; end tokens are always cut. What the chat template writes itself is part of the prompt."""
     sampler: Literal["model", "vllm"] = "model"
     """What generates the completions: "model" (in this process) or "vllm" (faster on a GPU; needs top_k 0 and
     top_p 1.0). Only "model" repeats a run bit for bit."""

@@ -111,7 +111,7 @@ def examples(c: Components, dataset, number: int) -> list[dict[str, Any]]:
 
 def answer(c: Components, rows: list[Row], uniforms: Tensor, K: int, **truncation) -> tuple[list[str], Scored]:
     """Sample K completions for each row and score them."""
-    texts = decode(c.tokenizer, sample_completions(c, [row["prompt"] for row in rows], uniforms, K, **truncation))
+    texts = decode(c, sample_completions(c, [row["prompt"] for row in rows], uniforms, K, **truncation))
     return texts, score_texts(c.rewards, rows, texts, K)
 
 

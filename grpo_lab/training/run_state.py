@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lab.models.adapters import is_adapted
+from grpo_lab.training.config import GRPOConfig
 
 # Settings that may change on resume, because they do not change what is computed.
 FREE_TO_CHANGE = {
@@ -121,8 +122,10 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError that lists the differences if a checkpoint belongs to another run.
 
     Args:
-        before, now: all settings, and fingerprints of what else decides the run.
+        before, now: all settings, and fingerprints of what else decides the run. A setting that `before` lacks, from an
+            earlier version, had the default's effect.
     """
+    before = GRPOConfig().to_dict() | before
     names = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
     changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     if changed:

@@ -24,7 +24,7 @@ from grpo_lab.algorithm.kl import kl_estimate
 from grpo_lab.algorithm.losses import LossTerms, grpo_loss
 from grpo_lab.hardware.processes import Processes
 from grpo_lab.rewards.reward_models import Rewards, Scored
-from grpo_lab.rollout.prompts import Prompt, Row, encode_prompt
+from grpo_lab.rollout.prompts import Prompt, Row, encode_prompts
 from grpo_lab.rollout.sampling import Rollouts, check_context
 from grpo_lab.rollout.scoring import Scores
 from grpo_lab.training.batches import Batch, MicroBatch, make_micro_batches
@@ -109,7 +109,7 @@ def sample_groups(c: Components, rows: Sequence[Row], uniforms: Tensor) -> Sampl
         some = rows[start : start + size]
         numbers = uniforms[start * K : (start + len(some)) * K]
         rollouts.append(sample_completions(c, [row["prompt"] for row in some], numbers, K))
-        texts += decode(c.tokenizer, rollouts[-1])
+        texts += decode(c, rollouts[-1])
     return SampledGroups(list(rows), Rollouts.join(rollouts, c.pad_id), texts)
 
 
@@ -124,7 +124,7 @@ def sample_completions(
     Raises: ValueError for a prompt that does not fit into the model's context.
     """
     config = c.config
-    ids = [encode_prompt(c.tokenizer, prompt) for prompt in prompts]
+    ids = encode_prompts(c.tokenizer, prompts)
     check_context(c.models.whole, prompts, ids, config.max_new_tokens)
     settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p} | truncation
     return c.sampler.sample(
@@ -132,10 +132,13 @@ def sample_completions(
     )
 
 
-def decode(tokenizer, rollouts: Rollouts) -> list[str]:
-    """Return the completions as text, without special tokens."""
+def decode(c: Components, rollouts: Rollouts) -> list[str]:
+    """Return the completions as text without the end token, and without special tokens unless the config keeps them."""
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).tolist()
-    return tokenizer.batch_decode([i[:n] for i, n in zip(ids, lengths, strict=True)], skip_special_tokens=True)
+    # the tokenizer may not call an end token special, so it is cut here: what follows it was never sampled
+    lengths = [n - (n > 0 and row[n - 1] in c.end_ids) for row, n in zip(ids, lengths, strict=True)]
+    texts = [row[:n] for row, n in zip(ids, lengths, strict=True)]
+    return c.tokenizer.batch_decode(texts, skip_special_tokens=not c.config.keep_special_tokens)
 
 
 # --- score --------------------------------------------------------------------------------------------------

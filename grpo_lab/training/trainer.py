@@ -78,7 +78,8 @@ class GRPOTrainer:
         rollouts = self.order.batches_per_epoch * config.num_epochs
         self.total_steps = config.max_steps or rollouts * config.num_iterations
         self.components = make_components(
-            model, ref_model, reward_model, tokenizer, config, self.train_dataset, total_steps=self.total_steps,
+            model, ref_model, reward_model, tokenizer, config, (self.train_dataset, self.eval_dataset),
+            total_steps=self.total_steps,
             accelerator=self.accelerator, precision=self.precision, processes=self.processes,
         )  # fmt: skip
 
@@ -177,8 +178,8 @@ class GRPOTrainer:
         return step.sample_completions(self.components, prompts, uniforms, num_generations, **truncation)
 
     def decode(self, rollouts: Rollouts) -> list[str]:
-        """Return the completions as text, without special tokens."""
-        return step.decode(self.tokenizer, rollouts)
+        """Return the completions as text, without the end token; special tokens only if the config keeps them."""
+        return step.decode(self.components, rollouts)
 
     def evaluate(self, dataset=None, *, num_generations: int | None = None) -> dict[str, float]:
         """Measure how often the answer is right: greedily, and sampled as in training, with 95 % intervals.

@@ -284,7 +284,7 @@ def test_a_reward_function_that_raises_is_named_and_the_traceback_is_one_flag_aw
         ("import nothing_of_the_kind", "cannot be imported: ModuleNotFoundError"),
         ("raise SystemExit(0)", "cannot be imported: SystemExit"),
         ("g = 1", "has no function 'f'"),
-        ("f = lambda prompts, completions, missing: []", "needs the column 'missing', and the dataset has prompt"),
+        ("f = lambda prompts, completions, missing: []", "needs the column 'missing', and train_dataset has prompt"),
     ],
 )
 def test_a_bad_reward_file_is_named(train, prompts, tmp_path, code, message):

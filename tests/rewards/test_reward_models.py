@@ -8,7 +8,13 @@ from itertools import count
 import pytest
 import torch
 from conftest import CHAT, TEMPLATE, starting_tokenizer, tiny_architecture, tiny_model
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from tokenizers import processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from grpo_lab.rewards.reward_models import CausalLMReward, Rewards, SequenceClassifierReward
 from grpo_lab.rollout.prompts import encode_prompt
@@ -69,6 +75,74 @@ def test_a_chat_without_a_template_is_joined_by_newlines_and_an_empty_text_is_sc
     reward = SequenceClassifierReward(classifier(), starting_tokenizer())
     assert reward([CHAT], ["4"]) == pytest.approx(reward(["2+2=\n"], ["4"]))
     assert math.isfinite(SequenceClassifierReward(classifier(), make_tokenizer())([""], [""])[0])
+
+
+def test_a_classifier_reads_the_first_token_once_and_the_last():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    reward = SequenceClassifierReward(classifier(), tokenizer)
+    plain = SequenceClassifierReward(classifier(), make_tokenizer())
+    assert reward(["2+2="], ["4"]) == reward(["<eos>2+2="], ["4"]) == plain(["<eos>2+2="], ["4<eos>"])
+    assert reward([""], [""]) == plain(["<eos>"], ["<eos>"])
+
+
+def test_a_completion_goes_on_with_the_words_that_its_chat_ends_with():
+    reward = SequenceClassifierReward(classifier(), starting_tokenizer(TEMPLATE))
+    begun = [*CHAT, {"role": "assistant", "content": "1+"}]
+    assert reward([begun], ["3"]) == reward([CHAT], ["1+3"])
+
+
+@pytest.mark.parametrize("pad", [-1, 10**6])
+def test_a_padding_id_that_the_classifier_does_not_have_is_none(pad):
+    model = classifier(pad_token_id=None)
+    expected = SequenceClassifierReward(model, make_tokenizer())(["3,5,7:22=", "1"], ["3*5+7", "1"])
+    model.config.pad_token_id = pad
+    found = SequenceClassifierReward(model, make_tokenizer())(["3,5,7:22=", "1"], ["3*5+7", "1"])
+    assert found == pytest.approx(expected)
+
+
+def learned_positions(kind: str):
+    """Reward models with 16 places for tokens, each with a learned position, and their tokenizer's tokens."""
+    settings = {
+        "vocab_size": 22, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
+        "num_labels": 1, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": None,
+    }  # fmt: skip
+    places = 18 if kind == "roberta" else 16  # its positions begin behind the id of padding, 1
+    config = AutoConfig.for_model(kind, **settings, max_position_embeddings=places)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta"])
+def test_a_text_longer_than_the_classifiers_positions_is_said(kind):
+    reward = SequenceClassifierReward(learned_positions(kind), make_tokenizer())
+    assert math.isfinite(reward(["2" * 10], ["3" * 6])[0])
+    message = r"a prompt of 17 tokens with its completion does not fit into the 16 positions of the reward model"
+    with pytest.raises(ValueError, match=message):
+        Rewards(reward, make_tokenizer())(["2" * 10, "1"], ["3" * 7, "1"], {})
+    reward.check_prompts(["2" * 10], 6)
+    with pytest.raises(ValueError, match=r"10 tokens and max_new_tokens 7 does not fit.*Shorten"):
+        reward.check_prompts(["1", "2" * 10], 7)
+
+
+def test_a_text_longer_than_the_language_models_positions_is_said():
+    reward = causal_lm_reward(tiny_architecture("gpt2", max_position_embeddings=16), make_tokenizer())
+    assert math.isfinite(reward(["2" * 10], ["3" * 6])[0])
+    with pytest.raises(ValueError, match=r"17 tokens with its completion does not fit into the 16 positions"):
+        reward(["2" * 10], ["3" * 7])
+    with pytest.raises(ValueError, match=r"10 tokens and max_new_tokens 7 does not fit"):
+        reward.check_prompts(["2" * 10], 7)
+
+
+@pytest.mark.parametrize("wrap", [SequenceClassifierReward, CausalLMReward])
+def test_tokens_that_a_reward_model_does_not_know_are_said(wrap):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["x"])
+    model = classifier(vocab_size=21) if wrap is SequenceClassifierReward else tiny_model()
+    reward = wrap(model, tokenizer) if wrap is SequenceClassifierReward else causal_lm_reward(model, tokenizer)
+    with pytest.raises(ValueError, match=r"gives token 21, but the reward model knows only 21\. Wrap it with its own"):
+        reward(["2"], ["x"])
 
 
 def test_a_classifier_with_two_outputs_is_refused():

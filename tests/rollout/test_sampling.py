@@ -225,7 +225,8 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
 
 
 @pytest.mark.parametrize(
-    ("pad", "eos", "expected"), [(5, 1, 5), (0, 1, 0), (None, 1, 1), (None, 0, 0), (None, None, 0), (10**6, 1, 1)]
+    ("pad", "eos", "expected"),
+    [(5, 1, 5), (0, 1, 0), (None, 1, 1), (None, 0, 0), (None, None, 0), (10**6, 1, 1), (-1, 1, 1)],
 )
 def test_there_is_a_padding_id_for_any_tokenizer(pad, eos, expected):
     # a pad token that was added only to the tokenizer has no embedding in the model
@@ -234,7 +235,18 @@ def test_there_is_a_padding_id_for_any_tokenizer(pad, eos, expected):
 
 @pytest.mark.parametrize(
     ("of_model", "of_tokenizer", "expected"),
-    [([7, 4], 4, [4, 7]), ([7, 9], 4, [4, 7, 9]), (7, 4, [4, 7]), (0, None, [0]), (None, 4, [4]), (None, None, [])],
+    [
+        ((7, 4), 4, [4, 7]),
+        (torch.tensor([7, 9]), 4, [4, 7, 9]),
+        (torch.tensor(7), 4, [4, 7]),
+        (-1, 4, [4]),
+        ([7, 4], 4, [4, 7]),
+        ([7, 9], 4, [4, 7, 9]),
+        (7, 4, [4, 7]),
+        (0, None, [0]),
+        (None, 4, [4]),
+        (None, None, []),
+    ],
 )
 def test_the_end_ids_are_those_of_the_model_and_of_the_tokenizer(of_model, of_tokenizer, expected):
     model, tokenizer = tiny_model(), SimpleNamespace(eos_token_id=of_tokenizer)

@@ -342,6 +342,12 @@ def test_a_run_only_goes_on_with_the_settings_and_data_it_had():
         check_same_run(saved, config.replace(seed=1, kl_coef=0.2, logging_steps=1).to_dict() | {"training data": "abc"})
     with pytest.raises(ValueError, match=r"as it was: training data: abc -> abd\. .*--model-name CHECKPOINT"):
         check_same_run(saved, config.to_dict() | {"training data": "abd"})
+    earlier = {name: value for name, value in saved.items() if name != "keep_special_tokens"}  # had no such setting
+    check_same_run(earlier, saved)
+    with pytest.raises(ValueError, match=r"as it was: keep_special_tokens: False -> True; seed: 5 -> 0\."):
+        check_same_run(earlier | {"seed": 5}, saved | {"keep_special_tokens": True})
+    with pytest.raises(ValueError, match=r"as it was: seed: 5 -> 0\."):
+        check_same_run(earlier | {"seed": 5}, saved)
     with pytest.raises(ValueError, match=r"learning_rate: 1e-06 -> None; .*new_setting: None -> 1"):
         check_same_run(saved, {"new_setting": 1})
 
