@@ -203,8 +203,6 @@ class GRPOTrainer:
         """
         return examples(self.components, dataset, number)
 
-    # --- the whole run ---------------------------------------------------------------------------------
-
     def train(self, resume: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Run all steps with a progress bar, then write final_model/ and training.png.
 

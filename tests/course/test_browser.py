@@ -82,7 +82,7 @@ def memory_of(pid: int) -> int:
 
 VIEW = """slider => {
   const box = slider.closest('.jp-OutputArea-output');
-  return box.querySelector('img')?.src ?? box.innerText;
+  return box.querySelector('img:not([src="data:,"])')?.src ?? box.innerText;  // not the one that names the slider
 }"""
 # the field or the list beside a slider, which the kernel fills in
 FIELD = """slider => slider.closest('.widget-hbox').querySelector('input, select').value"""

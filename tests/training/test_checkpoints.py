@@ -320,7 +320,7 @@ itself: list = []
 itself.append(itself)
 
 
-@pytest.mark.parametrize("value", [lambda x: x, (i for i in ()), itself, threading.Lock()], ids=str)
+@pytest.mark.parametrize("value", [lambda x: x, (i for i in ()), itself, threading.Lock()], ids=["function", "generator", "cycle", "lock"])
 def test_a_value_without_a_stable_form_is_refused_in_a_sentence(value):
     with pytest.raises(
         ValueError, match=r"^row 1 of the training data holds a value .* could not be resumed: "
