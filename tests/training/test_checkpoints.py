@@ -320,7 +320,10 @@ itself: list = []
 itself.append(itself)
 
 
-@pytest.mark.parametrize("value", [lambda x: x, (i for i in ()), itself, threading.Lock()], ids=["function", "generator", "cycle", "lock"])
+UNSTABLE = {"function": lambda x: x, "generator": (i for i in ()), "cycle": itself, "lock": threading.Lock()}
+
+
+@pytest.mark.parametrize("value", UNSTABLE.values(), ids=UNSTABLE)
 def test_a_value_without_a_stable_form_is_refused_in_a_sentence(value):
     with pytest.raises(
         ValueError, match=r"^row 1 of the training data holds a value .* could not be resumed: "
