@@ -41,7 +41,7 @@ def test_the_tree_names_every_folder():
     in_git = {path.name + "/" for path in ROOT.iterdir() if path.is_dir() and any(path.glob("[!_.]*"))}
     known = {"grpo_lab/", *generate.FOLDERS}
     assert known <= in_git
-    made = {"demo_output/", "build/", "dist/", "wandb/"}
+    made = {"build/", "demo_output/", "dist/", "test-artefacts/", "wandb/"}
     assert {name for name in in_git if not name.startswith(".") and not name.endswith(".egg-info/")} - made <= known
 
 
