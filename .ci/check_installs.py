@@ -4,6 +4,7 @@
 
     sdist    the source distribution holds every file of the repository; the wheel is built from it
     lab      the extra [lab] alone, from a checkout, with the tested versions: notebooks 00 and 11
+    torchao  the same beside torchao 0.10.0, which Colab ships: LoRA is refused with its cure
     newest   the same with the newest Transformers: notebook 00
     oldest   the wheel alone, with the oldest supported version of everything but PyTorch: three steps of training,
              with LoRA and without, write no warning
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PIP_OPTIONS = sys.argv[1:]
 LIMIT = 600  # seconds for any one command
-PROGRESS = re.compile(r"%\|.*(step/s|s/step)")  # a frame of the progress bar
+PROGRESS = re.compile(r"^Step \d+ of \d+: ")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT.pop("PYTHONPATH", None)  # what is installed is tested, not the checkout
 
@@ -60,7 +61,8 @@ def environment(folder: Path, *requirements: str | Path, on_top_of: Path | None 
         (own,) = folder.glob("lib/python*/site-packages")
         (own / "below.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-compile", *PIP_OPTIONS, *requirements)
+    if requirements:
+        run(python, "-m", "pip", "install", "--quiet", "--no-compile", *PIP_OPTIONS, *requirements)
     return python
 
 
@@ -98,12 +100,22 @@ def check_notebooks(python: Path, *numbers: str) -> None:
 
 
 def check_training(python: Path, folder: Path) -> None:
-    """Train three steps, with LoRA and without; nothing but the progress bar may be on stderr."""
+    """Train three steps, with LoRA and without; nothing but the progress may be on stderr."""
     train = [python.with_name("grpo-lab"), "train", "--max-steps", "3", "--warmup-steps", "0", "--overwrite-output-dir"]
     for extra in ([], ["--lora-rank", "4"]):
         said = run(*train, *extra, folder=folder).stderr
-        lines = [line for line in re.split(r"[\r\n]", said) if line.strip() and not PROGRESS.search(line)]
+        lines = [line for line in re.split(r"[\r\n]", said) if line.strip() and not PROGRESS.match(line)]
         assert not lines, "\n".join(lines)
+
+
+def check_torchao(python: Path, folder: Path) -> None:
+    """Ask for LoRA beside an old torchao: one sentence with the cure, from training and from doctor."""
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *PIP_OPTIONS, "torchao==0.10.0")
+    command = [python, "-m", "grpo_lab.cli", "train", "--lora-rank", "4", "--output-dir", folder / "torchao-run"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "pip uninstall -y torchao" in done.stderr, done.stderr
+    assert "torchao" in run(python, "-m", "grpo_lab.cli", "doctor", folder=folder).stdout
 
 
 def main() -> None:
@@ -118,6 +130,8 @@ def main() -> None:
             lab = environment(folder / "lab", "-c", "constraints.txt", "-e", ".[lab]")
         with step("lab: notebooks 00 and 11"):
             check_notebooks(lab, "00", "11")
+        with step("torchao 0.10.0: LoRA"):
+            check_torchao(environment(folder / "torchao", on_top_of=folder / "lab"), folder)
         with step("oldest: installing the wheel"):
             python = environment(folder / "oldest", wheel, *requirements, pinned("torch"))
         with step("oldest: training, with LoRA and without"):
