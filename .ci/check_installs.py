@@ -4,6 +4,7 @@
 
     sdist    the source distribution holds every file of the repository; the wheel is built from it
     lab      the extra [lab] alone, from a checkout, with the tested versions: notebooks 00 and 11
+    nbgrader the solved notebooks are released, submitted and graded by nbgrader itself
     torchao  the same beside torchao 0.10.0, which Colab ships: LoRA is refused with its cure
     newest   the same with the newest Transformers: notebook 00
     oldest   the wheel alone, with the oldest supported version of everything but PyTorch: three steps of training,
@@ -130,6 +131,10 @@ def main() -> None:
             lab = environment(folder / "lab", "-c", "constraints.txt", "-e", ".[lab]")
         with step("lab: notebooks 00 and 11"):
             check_notebooks(lab, "00", "11")
+        with step("nbgrader: release, submit, autograde"):
+            python = environment(folder / "nbgrader", "nbgrader==0.9.6", on_top_of=Path(sys.prefix))
+            said = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/course/test_nbgrader.py").stdout
+            assert "1 passed" in said, said
         with step("torchao 0.10.0: LoRA"):
             check_torchao(environment(folder / "torchao", on_top_of=folder / "lab"), folder)
         with step("oldest: installing the wheel"):
