@@ -26,7 +26,7 @@ RUN_FILES = ("metrics.jsonl", "completions.jsonl", "training.png")
 
 # the words of the system, of safetensors and of torch.save; EFBIG is the limit of a process
 DISK_FULL = re.compile(
-    "No space left|File too large|[Qq]uota|os error (27|28|122)|PytorchStreamWriter|file write failed"
+    "No space left|File too large|[Qq]uota|os error (27|28|122)|PytorchStreamWriter|inline_container|file write"
 )
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it; once, at import, before there are other threads
